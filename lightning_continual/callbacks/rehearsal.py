@@ -1,0 +1,269 @@
+"""Rehearsal: exemplars of past tasks in every training batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from lightning_continual import _batch, _host
+from lightning_continual._datasets import labels_of, require_num_samples
+from lightning_continual.data import ContinualDataModule
+from lightning_continual.memory import HerdingMemory, Memory, ReservoirMemory, Selection
+from lightning_continual.stream import ContinualCallback
+
+
+class RehearsalCallback(ContinualCallback):
+    r"""Trains on past tasks beside the new one, from a memory of exemplars.
+
+    Every training batch of B new samples is joined with past samples before it goes to the device, so that the module
+    sees one batch and the gradient is that of
+
+    .. math:: (1 - p)\, L_{new} + p\, L_{past}
+
+    for a loss that is a mean over the batch, with p the ``proportion``: ``mode="add"`` keeps the B new samples and adds
+    :math:`p / (1 - p) \cdot B` past ones; ``mode="replace"`` keeps the size of the batch, and so of the epoch:
+    :math:`p B` of its samples (rounded) are past ones, in the place of as many new ones. In the first task, and where
+    the memory holds fewer, there are fewer past samples or none.
+
+    What the memory keeps is decided batch by batch in a task's first epoch, from the new samples only, so that nothing
+    is remembered twice. Only exemplars of *earlier* tasks are rehearsed.
+
+    Works with any batch: tensors, tuples, named tuples, lists, mappings, dataclasses, nested, and lists of strings.
+    Under several processes each remembers its share of what it saw, ``memory`` being the capacity of all together.
+
+    Args:
+        memory: The number of exemplars of a `ReservoirMemory`, or a memory.
+        proportion: Share p in [0, 1) of past samples. 0 does nothing.
+        mode: ``"add"`` or ``"replace"``, see above.
+        selection: Which exemplars join a batch, without repetition: ``"uniform"``; ``"recent"``, more of recent tasks;
+            ``"balanced"``, all classes alike; or a function, see `Memory.draw`.
+        label: For memories and selections that need labels: returns those of a batch ``(B,)``. By default the second
+            part of a pair, or the entry ``"label"``, ``"labels"``, ``"y"`` or ``"target"`` of a mapping.
+        features: For `HerdingMemory`: ``features(pl_module, batch)`` returns ``(B, D)``.
+        reload: Remember where exemplars lie in their data sets, not the exemplars, and read them again each time, so
+            that augmentation is drawn anew. Needs a `ContinualDataModule` of map-style data sets.
+
+    Raises:
+        ValueError: If an argument lies outside its range, or a batch has nothing to index.
+        MisconfigurationException: If the module takes its batches past every hook, or a memory lacks what it needs.
+
+    Example:
+        >>> rehearsal = RehearsalCallback(memory=500, proportion=0.25)
+        >>> len(rehearsal.memory)
+        0
+
+    References:
+        - Harang & Sanders. *Catastrophic Forgetting in the Context of Model Updates.* arXiv 2306.10181, 2023.
+        - Ratcliff. *Connectionist models of recognition memory.* Psychological Review 1990.
+    """
+
+    def __init__(
+        self,
+        memory: int | Memory = 2000,
+        proportion: float = 0.5,
+        *,
+        mode: Literal["add", "replace"] = "add",
+        selection: Selection = "uniform",
+        label: Callable[[Any], Tensor] | None = None,
+        features: Callable[[Any, Any], Tensor] | None = None,
+        reload: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= proportion < 1:
+            raise ValueError(
+                f"`proportion` must lie in [0, 1), but got {proportion}. Pass the share of past samples in a batch, for"
+                " example 0.5; 1 would train on the past alone."
+            )
+        if mode not in ("add", "replace"):
+            raise ValueError(f"`mode` must be 'add' or 'replace', but got {mode!r}.")
+        self.memory = memory if isinstance(memory, Memory) else ReservoirMemory(memory)
+        if self.memory.needs_features and features is None:
+            raise ValueError(
+                f"`{type(self.memory).__name__}` chooses exemplars by their features. Pass `features=`, a function of"
+                " module and batch, for example `lambda module, batch: module.backbone(batch[0])`."
+            )
+        if self.memory.needs_features and reload:
+            raise ValueError(f"`reload=True` cannot be combined with `{type(self.memory).__name__}`. Leave one out.")
+        self.proportion = proportion
+        self.mode = mode
+        self.selection = selection
+        self.label = label
+        self.features = features
+        self.reload = reload
+        self._task = 0
+        self._first_epoch = 0
+        self._fresh: Any = None  # the new samples of the batch in training
+        self._parts: list[dict[str, Any]] = []  # of the memory, one a process, until training starts
+        self._process = 0, 1  # rank and number
+
+    # --- During training ----------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check what the method needs, and take this process's share of the memory."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit" or self._is_neutral:
+            return
+        _host.require_batch_hooks(pl_module, type(self).__name__)
+        if self.reload:
+            self._data(trainer)
+        self._process = trainer.global_rank, trainer.world_size
+        if self._parts:
+            self.memory.load_state_dict(self._parts, *self._process)
+        else:
+            self.memory.distribute(*self._process)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put rehearsal in front of the batch's way to the device."""
+        self._parts = []
+        super().on_train_start(trainer, pl_module)
+        if not self._is_neutral:
+            owner = _host.batch_hook_owner(trainer)
+            _host.wrap_method(owner, "on_before_batch_transfer", self, partial(self._join_past, trainer))
+
+    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
+        """Rehearse what came before this task, and remember its first epoch."""
+        self._task = task
+        self._first_epoch = _host.epochs_processed(trainer)
+
+    def _join_past(self, trainer: L.Trainer, inner: Callable[..., Any], batch: Any, dataloader_idx: int) -> Any:
+        batch = inner(batch, dataloader_idx)
+        if not trainer.training:
+            return batch
+        leaves, rebuild = _batch.flatten(batch)
+        remembers = not (self.memory.needs_features or self.reload)
+        if remembers and _host.epochs_processed(trainer) == self._first_epoch:
+            self._fresh = batch, leaves
+        num_new = len(leaves[0])
+        share = self.proportion if self.mode == "replace" else self.proportion / (1 - self.proportion)
+        past = self.memory.draw(round(share * num_new), before=self._task, selection=self.selection)
+        if not past:
+            return batch
+        if self.reload:
+            past = self._read(trainer, past)
+        if self.mode == "replace":
+            leaves = [leaf[: num_new - len(past[0])] for leaf in leaves]
+        return rebuild(_batch.join(leaves, past))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the new samples that were trained."""
+        if self._fresh is None:
+            return
+        (batch, leaves), self._fresh = self._fresh, None
+        labels = self._labels(batch, len(leaves[0])) if self._needs_labels else None
+        if repeated := _host.repeated_samples(trainer):
+            num_new = max(0, len(leaves[0]) - repeated)
+            leaves = [leaf[:num_new] for leaf in leaves]
+            labels = None if labels is None else labels[:num_new]
+        self.memory.add(leaves, task=self._task, labels=labels)
+
+    # --- At the boundary ----------------------------------------------------------------------------------------------
+
+    def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
+        """Choose the exemplars that can only be chosen among all of a task's samples."""
+        if self._is_neutral:
+            return
+        if self.reload:
+            self._remember_places(trainer, task)
+        elif isinstance(self.memory, HerdingMemory):
+            self._herd(trainer, pl_module, self.memory, task)
+
+    def _remember_places(self, trainer: L.Trainer, task: int) -> None:
+        dataset = self._data(trainer).training_data(task)
+        rank, world_size = self._process
+        places = torch.arange(rank, require_num_samples(dataset), world_size)
+        labels = labels_of(dataset, None)[places] if self._needs_labels else None
+        self.memory.add([places, torch.full_like(places, task)], task=task, labels=labels)
+
+    def _read(self, trainer: L.Trainer, past: list[_batch.Leaf]) -> list[_batch.Leaf]:
+        places, tasks = (torch.as_tensor(leaf).tolist() for leaf in past)
+        sets = {task: self._data(trainer).training_data(task) for task in set(tasks)}
+        samples = [sets[task][place] for task, place in zip(tasks, places, strict=True)]
+        return _batch.flatten(_host.train_loader(trainer).collate_fn(samples))[0]
+
+    def _herd(self, trainer: L.Trainer, pl_module: L.LightningModule, memory: HerdingMemory, task: int) -> None:
+        loader = _host.train_loader(trainer)
+        if isinstance(loader.dataset, IterableDataset):
+            raise MisconfigurationException(
+                "`HerdingMemory` goes over a task's training data twice, but got an iterable data set. Use a map-style"
+                " one, or another memory."
+            )
+        assert self.features is not None
+        rank, world_size = self._process
+        own = list(range(rank, require_num_samples(loader.dataset), world_size))
+        features: list[Tensor] = []
+        found: list[Tensor] = []
+        with (
+            _host.observing(pl_module),
+            _host.progress(trainer, _host.num_batches(_host.in_order(loader, own)), f"Herding task {task}") as tick,
+        ):
+            for batch in _host.in_order(loader, own):
+                found.append(self._labels(batch, _batch.size(batch)))
+                features.append(self.features(pl_module, _host.to_device(trainer, batch)).float().cpu())
+                tick()
+            labels = torch.cat(found)
+            chosen, ranks = memory.choose(torch.cat(features), labels)
+            start = 0
+            for batch in _host.in_order(loader, [own[place] for place in chosen.tolist()]):
+                leaves, _ = _batch.flatten(batch)
+                some = slice(start, start := start + len(leaves[0]))
+                memory.add(leaves, task=task, labels=labels[chosen[some]], ranks=ranks[some])
+
+    # --- State --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the exemplars of all processes. A collective under several processes."""
+        state = {"task": self._task, "first_epoch": self._first_epoch}
+        return {**super().state_dict(), **state, "memory": self._parts or _host.gather(self.memory.state_dict())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put back the exemplars; with another number of processes they are dealt anew."""
+        super().load_state_dict(state_dict)
+        self._task = state_dict["task"]
+        self._first_epoch = state_dict["first_epoch"]
+        self._parts = state_dict["memory"]
+        self.memory.load_state_dict(self._parts, *self._process)
+
+    @property
+    def _is_neutral(self) -> bool:
+        return self.proportion == 0 or self.memory.capacity == 0
+
+    @property
+    def _needs_labels(self) -> bool:
+        return self.memory.needs_labels or self.selection == "balanced"
+
+    def _labels(self, batch: Any, num_samples: int) -> Tensor:
+        labels = _find_labels(batch) if self.label is None else self.label(batch)
+        if not isinstance(labels, Tensor) or labels.shape != (num_samples,) or labels.is_floating_point():
+            who = type(self.memory).__name__ if self.memory.needs_labels else f"selection={self.selection!r}"
+            found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+            raise ValueError(
+                f"`{who}` needs labels, one whole number a sample, but found {found} for {num_samples} samples. Pass"
+                " `label=`, a function from a batch to its labels."
+            )
+        return labels.detach().cpu().long()
+
+    @staticmethod
+    def _data(trainer: L.Trainer) -> ContinualDataModule:
+        data = _host.data_module_of(trainer)
+        if not isinstance(data, ContinualDataModule):
+            raise MisconfigurationException(
+                "`RehearsalCallback(reload=True)` reads exemplars from the data sets of past tasks, but the Trainer has"
+                " no `ContinualDataModule`. Pass one, or leave `reload` out: then the exemplars are kept."
+            )
+        return data
+
+
+def _find_labels(batch: Any) -> Any:
+    """Return what is named like labels in a mapping, or the second part of a pair."""
+    if isinstance(batch, Mapping):
+        return next((batch[key] for key in ("label", "labels", "y", "target") if key in batch), None)
+    return batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
