@@ -1,6 +1,7 @@
 """Continual learning for PyTorch Lightning: callbacks for any ``LightningModule``."""
 
 from lightning_continual.callbacks.accuracy_matrix import AccuracyMatrixCallback
+from lightning_continual.callbacks.cost import CostCallback
 from lightning_continual.callbacks.rehearsal import RehearsalCallback
 from lightning_continual.data import ContinualDataModule
 from lightning_continual.memory import ClassBalancedMemory, HerdingMemory, Memory, ReservoirMemory, TaskMemory
@@ -32,6 +33,7 @@ __all__ = [
     "ClassBalancedMemory",
     "ContinualCallback",
     "ContinualDataModule",
+    "CostCallback",
     "HerdingMemory",
     "Memory",
     "RehearsalCallback",

@@ -6,8 +6,9 @@ Everything else in a batch (scalars, ``None``, settings) belongs to the batch as
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -131,14 +132,18 @@ def _rebuild(node: Any, leaves: Any) -> Any:
         return next(leaves) if node.ndim else node
     if isinstance(node, Mapping):
         items = {key: _rebuild(child, leaves) for key, child in node.items()}
-        return items if type(node) is dict else type(node)(items)  # type: ignore[call-arg]
+        if not isinstance(node, MutableMapping):
+            return type(node)(items)  # type: ignore[call-arg]
+        # Not from its type: a mapping may be more than its items (a default, a tokenizer's encodings).
+        mapping = copy.copy(node)
+        mapping.update(items)
+        return mapping
     if _is_column(node):
         column = next(leaves)
         return tuple(column) if isinstance(node, tuple) else column
     if _is_dataclass(node):
         # Not `replace`: a batch may have fields that its constructor does not take.
-        new = object.__new__(type(node))
-        new.__dict__.update(node.__dict__)
+        new = copy.copy(node)
         for field in dataclasses.fields(node):
             object.__setattr__(new, field.name, _rebuild(getattr(node, field.name), leaves))
         return new

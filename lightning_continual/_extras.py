@@ -32,7 +32,7 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != package:
+        if error.name != package:
             raise
         raise ImportError(
             f"This needs `{package}`, which is not installed. Install it by"

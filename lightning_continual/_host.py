@@ -7,14 +7,15 @@ package speaks to a Trainer through documented names and through this file.
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import inspect
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from lightning.fabric.utilities.data import sized_len
@@ -24,17 +25,19 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import model_helpers
 from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 from tqdm.auto import tqdm
 
-from lightning_continual._datasets import require_num_samples
+from lightning_continual._datasets import num_samples, require_num_samples
 from lightning_continual.parameters import evaluating
 
 # --- Methods of the user's objects, wrapped while a fit runs ----------------------------------------------------------
 
-_wrapped: WeakKeyDictionary[Any, dict[str, dict[Any, Callable[..., Any]]]] = WeakKeyDictionary()
+_Layers: TypeAlias = dict[Any, Callable[..., Any]]
+_wrapped: WeakKeyDictionary[Any, dict[str, tuple[ref[Any], _Layers]]] = WeakKeyDictionary()
 _observing: list[nn.Module] = []
 
 
@@ -47,9 +50,9 @@ def wrap_method(owner: Any, name: str, key: Any, layer: Callable[..., Any]) -> N
     """
     methods = _wrapped.setdefault(owner, {})
     if name in methods:
-        methods[name][key] = layer
+        methods[name][1][key] = layer
         return
-    layers = methods[name] = {key: layer}
+    layers: _Layers = {key: layer}
     inner = getattr(owner, name)
 
     # Lightning looks through `__wrapped__` to tell which hooks a user has overridden.
@@ -60,18 +63,22 @@ def wrap_method(owner: Any, name: str, key: Any, layer: Callable[..., Any]) -> N
             method = functools.partial(one, method)
         return method(*args, **kwargs)
 
+    methods[name] = ref(dispatch), layers
     setattr(owner, name, dispatch)
 
 
 def unwrap_methods(key: Any) -> None:
     """Take away every layer that was put on under ``key``; a key without layers is no error."""
     for owner, methods in list(_wrapped.items()):
-        for name, layers in list(methods.items()):
+        for name, (dispatch, layers) in list(methods.items()):
             layers.pop(key, None)
             if layers:
                 continue
             del methods[name]
-            inner = owner.__dict__[name].__wrapped__
+            method = owner.__dict__.get(name)
+            if method is None or method is not dispatch():  # replaced since, or wrapped by somebody else: theirs
+                continue
+            inner = method.__wrapped__
             if getattr(inner, "__func__", None) is getattr(type(owner), name, None):
                 delattr(owner, name)
             else:  # the user had put a method on the instance
@@ -115,6 +122,11 @@ def data_module_of(trainer: Any) -> Any:
 def fast_dev_run(trainer: Any) -> int:
     """Return the number of batches of ``Trainer(fast_dev_run=)``, 0 where it is off."""
     return int(trainer.fast_dev_run)
+
+
+def is_compiled(pl_module: Any) -> bool:
+    """Whether the module was passed through ``torch.compile``."""
+    return getattr(pl_module, "_compiler_ctx", None) is not None
 
 
 # --- Where training stands --------------------------------------------------------------------------------------------
@@ -196,6 +208,12 @@ def train_loader(trainer: Any) -> DataLoader[Any]:
     return loader
 
 
+def num_train_samples(trainer: Any) -> int | None:
+    """Return the size of the training set over all processes, or ``None`` where it cannot be told."""
+    loader = trainer.train_dataloader
+    return num_samples(loader.dataset) if isinstance(loader, DataLoader) else None
+
+
 def in_order(loader: DataLoader[Any], places: Sequence[int]) -> DataLoader[Any]:
     """Return a loader over ``places`` of a loader's data set, in this order, with the same batches and workers."""
     return DataLoader(
@@ -210,7 +228,10 @@ def in_order(loader: DataLoader[Any], places: Sequence[int]) -> DataLoader[Any]:
 def repeated_samples(trainer: Any) -> int:
     """Return how many of the samples in the batch now trained are repetitions that only even out the processes."""
     sampler = getattr(trainer.train_dataloader, "sampler", None)
-    if not (isinstance(sampler, DistributedSampler) and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch):
+    if not isinstance(sampler, DistributedSampler):
+        return 0
+    last = (sampler.num_samples - 1) // (trainer.train_dataloader.batch_size or 1)
+    if trainer.fit_loop.epoch_loop.batch_idx != last:
         return 0
     own = range(sampler.rank, sampler.num_samples * sampler.num_replicas, sampler.num_replicas)
     return sum(place >= require_num_samples(sampler.dataset) for place in own)
@@ -254,14 +275,19 @@ def set_random_state(state: dict[str, Any]) -> None:
         numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
 
 
+def _is_distributed() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 def gather(value: Any) -> list[Any]:
     """Return every process's ``value`` in the order of ranks on the first process, and only the own on the others.
 
     A collective: every process must come here. Checkpoints are written by the first process, from its own state.
     """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if not _is_distributed():
         return [value]
+    distributed = torch.distributed
     first = distributed.get_rank() == 0
     values: list[Any] | None = [None] * distributed.get_world_size() if first else None
     distributed.gather_object(value, values, dst=0)
@@ -284,35 +310,48 @@ def leave_process_group_at_exit() -> None:
 
 @contextmanager
 def _metrics_kept(module: nn.Module) -> Iterator[None]:
-    """Give every torchmetrics metric inside ``module`` a fresh state, and its own state back at the end."""
-    metrics = [one for one in module.modules() if isinstance(one, Metric)]
-    saved = [
-        (
-            # `reset` empties lists in place
-            {name: list(value) if isinstance(value := getattr(one, name), list) else value for name in one._defaults},
-            one._update_count,
-            one._computed,
-            one._forward_cache,
-        )
-        for one in metrics
-    ]
-    for one in metrics:
-        one.reset()
+    """Give every torchmetrics metric inside ``module`` a fresh state, and all that it was back at the end."""
+    metrics = [one for one in module.modules() if isinstance(one, Metric | MetricCollection)]
+    saved = [dict(vars(one)) for one in metrics]
+    lists = [(value, list(value)) for attributes in saved for value in attributes.values() if isinstance(value, list)]
+    for one, attributes in zip(metrics, saved, strict=True):
+        if isinstance(one, MetricCollection):  # which of its metrics share a state is found out at the first update
+            attributes["_groups"] = copy.deepcopy(one._groups)
+        else:
+            one.reset()  # empties lists in place
     try:
         yield
     finally:
-        for one, (states, count, computed, cache) in zip(metrics, saved, strict=True):
-            for name, value in states.items():
-                setattr(one, name, value)
-            one._update_count, one._computed, one._forward_cache = count, computed, cache
+        for one, attributes in zip(metrics, saved, strict=True):
+            vars(one).clear()
+            vars(one).update(attributes)
+        for value, entries in lists:
+            value[:] = entries
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Give ``module`` its buffers back, whether they are written into or replaced."""
+    saved = [(one._buffers, dict(one._buffers)) for one in module.modules()]
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffers, before in saved:
+            buffers.update(before)
+        for buffer, value in values:
+            buffer.copy_(value)
 
 
 @contextmanager
 def observing(module: nn.Module) -> Iterator[None]:
-    """Look at a module without leaving a trace: evaluation mode, no gradients, metrics and random state kept."""
+    """Look at a module without leaving a trace: in evaluation mode, without gradients.
+
+    Metrics, buffers, modes and the random state are afterwards as before.
+    """
     _observing.append(module)
     try:
-        with isolate_rng(), torch.no_grad(), _metrics_kept(module), evaluating(module):
+        with isolate_rng(), torch.no_grad(), _metrics_kept(module), _buffers_kept(module), evaluating(module):
             yield
     finally:
         _observing.pop()
@@ -339,6 +378,28 @@ def _validating(trainer: Any) -> Iterator[_ResultCollection]:
             setattr(connector, name, value)
 
 
+def _join_processes(results: _ResultCollection) -> None:
+    """Let each logged value be that of all processes' batches, whether ``self.log`` was told ``sync_dist`` or not.
+
+    Lightning averages the numbers of samples in integers, which is wrong where processes have unequally many.
+    """
+    if not _is_distributed():
+        return
+    logged = {key: one for key, one in results.items() if one.is_tensor and one.meta.on_epoch}
+    own = {
+        key: (one.value.cpu(), getattr(one, "cumulated_batch_size", torch.tensor(1)).cpu())
+        for key, one in logged.items()
+    }
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, own)
+    for key, one in logged.items():
+        values, sizes = zip(*(part[key] for part in parts if key in part), strict=True)
+        if one.meta.is_max_reduction or one.meta.is_min_reduction:
+            one._computed = one.meta.reduce_fx(torch.stack(values))
+        else:
+            one._computed = sum(values) / sum(sizes) if one.meta.is_mean_reduction else sum(values)
+
+
 def score(
     trainer: Any, loader: Iterable[Any], *, limit: int | None = None, tick: Callable[[], Any] | None = None
 ) -> Any:
@@ -357,7 +418,7 @@ def score(
         The logged values by key, as floats.
     """
     module, connector = trainer.lightning_module, trainer._logger_connector
-    takes_index = len(inspect.signature(module.validation_step).parameters) > 1
+    takes_index = is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2)
 
     def hook(name: str, *args: Any) -> None:
         call._call_lightning_module_hook(trainer, name, *args)
@@ -381,6 +442,7 @@ def score(
                 tick()
         connector.epoch_end_reached()
         hook("on_validation_epoch_end")
+        _join_processes(results)
         logged = results.metrics(on_step=False)["callback"]
         hook("on_validation_end")
         return {key: float(value) for key, value in logged.items() if isinstance(value, Tensor | float | int)}

@@ -160,8 +160,8 @@ class DiskStore:
     def _append(self, leaves: dict[int, Tensor]) -> int:
         """Write the samples behind all that the files hold, and return the row of the first."""
         sizes = {number: _size(self._file(number)) for number in leaves}
-        # What an interrupted write may have left is skipped: rows are the same in all files.
-        first = max((-(-size // max(1, _stride(self._kinds[i]))) for i, size in sizes.items()), default=0)
+        # Behind the longest, because an interrupted write may have left more in one file than in another.
+        first = max((size // max(1, _stride(self._kinds[i])) for i, size in sizes.items()), default=0)
         number = 0
         try:
             for number, leaf in leaves.items():

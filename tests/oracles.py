@@ -44,5 +44,9 @@ def exact_fisher(module, samples):
     return {name: value / len(samples) for name, value in total.items()}
 
 
+def log_probability(module, label, sample):
+    return F.log_softmax(module(sample)[0], dim=0)[label]
+
+
 def batched_fisher(module, loss, batches):
     return mean_square(per_sample_gradients(module, loss, batches))

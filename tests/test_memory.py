@@ -153,10 +153,19 @@ def test_a_reservoir_loaded_into_a_larger_capacity_stays_uniform_and_fills():
         large.load_state_dict([small.state_dict()])
         for numbers in torch.arange(50, 250).split(50):
             large.add([numbers], task=0)
-        assert len(large) == 10
+        assert len(set(content(large))) == 10
         old.append(sum(number < 50 for number in content(large)))
     # A fifth of the samples is old, so two of the ten exemplars, give or take four standard errors.
     assert sum(old) / runs == pytest.approx(2, abs=4 * torch.tensor(old).double().std().item() / math.sqrt(runs))
+
+
+def test_a_reservoir_that_is_still_filling_its_new_room_goes_on_to_the_bit():
+    large, restored = ReservoirMemory(30), ReservoirMemory(30)
+    large.load_state_dict(saved(stream(ReservoirMemory(5))))
+    stream(large, 100, first=200)
+    assert 5 < len(large) < 30
+    restored.load_state_dict(saved(large))
+    assert content(stream(restored, 1000, first=300)) == content(stream(large, 1000, first=300))
 
 
 # ---- groups -------------------------------------------------------------------------------------------------------
@@ -227,6 +236,14 @@ def test_a_class_balanced_memory_samples_every_class_uniformly():
         assert torch.special.gammaincc(torch.tensor((num - 1) / 2), statistic / 2) > 0.001
 
 
+def test_a_class_takes_new_samples_into_new_room_at_the_rate_that_it_kept_the_old():
+    small, large = ClassBalancedMemory(5), ClassBalancedMemory(1000)
+    offer(small, range(500), labels=torch.zeros(500, dtype=torch.int64))
+    large.load_state_dict(saved(small))
+    offer(large, range(500, 1000), labels=torch.zeros(500, dtype=torch.int64))
+    assert 5 < len(large) < 30
+
+
 @pytest.mark.parametrize("block", [1, 7, 64], ids="block={}".format)
 def test_a_task_memory_holds_the_latest_of_every_task(block):
     filled = TaskMemory(12)
@@ -238,7 +255,7 @@ def test_a_task_memory_holds_the_latest_of_every_task(block):
 
 def herd_slowly(features, num):
     features = features.double()
-    features = features / features.norm(dim=1, keepdim=True)
+    features = features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
     picked = []
     for _ in range(num):
         rest = [i for i in range(len(features)) if i not in picked]
@@ -249,6 +266,7 @@ def herd_slowly(features, num):
 @pytest.mark.parametrize(("num_samples", "width"), [(1, 3), (12, 2), (40, 16)])
 def test_herding_is_the_greedy_loop(num_samples, width):
     features = torch.randn(num_samples, width, generator=torch.Generator().manual_seed(num_samples)) + 0.5
+    features[num_samples // 2] = 0  # a sample that activates nothing
     assert herd(features, num_samples).tolist() == herd_slowly(features, num_samples)
     assert herd(features, 100).tolist() == herd_slowly(features, num_samples)
     assert herd(features, 0).tolist() == []
@@ -351,7 +369,8 @@ def test_a_weighted_draw_of_several_is_one_after_the_other_however_it_is_made(tr
         offer(filled, [task], task=task)
     randint = torch.randint
     if tries:
-        filled._length, length = 10**6, 3  # so that tries are made at all; the slots are those of three
+        # As if there were a million, so that tries are made at all; the slots are those of three.
+        filled._length, filled._per_task, length = 10**6, filled._per_task * 333_333, 3
         monkeypatch.setattr(
             torch, "randint", lambda high, num, generator: randint(length, (tries,), generator=generator)
         )
@@ -382,6 +401,7 @@ def test_a_function_gets_the_exemplars_of_earlier_tasks_each_time():
         calls.append((tasks, labels, before))
         return labels == len(calls) % 3
 
+    filled.draw(5, before=2, selection="balanced")
     for _ in range(3):
         filled.draw(1000, before=2, selection=only_one_label)
     tasks, labels, before = calls[0]
@@ -476,7 +496,8 @@ def test_another_number_of_processes_shares_everything(kind, growing, old, new, 
         offer(share, latest, task=7)
         assert len(share) == length if not growing else len(share) >= length
         if kind is TaskMemory:
-            assert latest[-1] in content(share)
+            offer(share, range(20_000, 20_050), task=3)
+            assert min(n for n, task in zip(content(share), share.tasks, strict=True) if task == 3) >= 20_000
             assert (share.tasks == 7).sum() >= quota // 5
     if kind is ReservoirMemory:
         assert all(share.num_seen - 40 == pytest.approx(200 * old * length / 41, abs=200) for share in shares)

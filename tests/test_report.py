@@ -44,7 +44,11 @@ def test_scores_beyond_a_share_have_three_digits_and_their_own_scale():
 
 def test_percent_runs_from_0_to_1_and_can_be_turned_off():
     R = torch.tensor([[0.5, 0.25], [0.25, 0.5]])
-    assert draw(R).axes[0].images[0].get_clim() == (0.0, 1.0)
+    figure = draw(R)
+    figure.draw_without_rendering()
+    assert figure.axes[0].images[0].get_clim() == (0.0, 1.0)
+    assert figure.axes[0].child_axes[0].get_yticklabels()[-1].get_text() == "100%"
+    assert texts(draw(-R))[0] == "-0.5"
     figure = draw(R, percent=False)
     assert texts(figure) == ["0.5", "0.25", "0.25", "0.5"]
     assert figure.axes[0].images[0].get_clim() == (0.25, 0.5)
@@ -101,6 +105,7 @@ def test_names_title_and_label_are_written():
     assert [label.get_text() for label in axes.get_yticklabels()] == ["January", "February"]
     assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == ("Months", "on task", "after task")
     assert axes.child_axes[0].get_ylabel() == "IoU"
+    assert {label.get_rotation() for label in axes.get_xticklabels()} == {45.0}
 
 
 def test_given_axes_are_drawn_into_also_in_a_subfigure():
@@ -120,7 +125,9 @@ def test_a_figure_can_be_saved_and_pyplot_holds_no_figure(tmp_path):
 
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [])
     with pytest.raises(ImportError, match=r'pip install "lightning-continual\[plots\]"'):
         matrix_figure(torch.eye(2))
 

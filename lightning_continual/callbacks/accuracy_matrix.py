@@ -98,14 +98,15 @@ class AccuracyMatrixCallback(ContinualCallback):
             )
         self._sources(trainer)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Try one batch, so that an unknown ``monitor`` is found before training, in whatever task it begins."""
+        self._score(trainer, self._sources(trainer)[:1], "Trying the metric", limit=1)
+        super().on_train_start(trainer, pl_module)
+
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
-        """Score the untrained model, or try one batch, so that an unknown ``monitor`` is found before training."""
-        if task > 0:
-            return
-        if self.baseline:
+        """Score the untrained model."""
+        if task == 0 and self.baseline:
             self._score_row(trainer, -1)
-        else:
-            self._score(trainer, self._sources(trainer)[:1], "Trying the metric", limit=1)
 
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
         """Score all tasks, and log."""

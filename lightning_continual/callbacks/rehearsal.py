@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -10,10 +10,10 @@ import lightning.pytorch as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_continual import _batch, _host
-from lightning_continual._datasets import labels_of, require_num_samples
+from lightning_continual._datasets import LABEL_KEYS, labels_of, num_samples, require_num_samples
 from lightning_continual.data import ContinualDataModule
 from lightning_continual.memory import HerdingMemory, Memory, ReservoirMemory, Selection
 from lightning_continual.stream import ContinualCallback
@@ -99,7 +99,8 @@ class RehearsalCallback(ContinualCallback):
         self.reload = reload
         self._task = 0
         self._first_epoch = 0
-        self._fresh: Any = None  # the new samples of the batch in training
+        self._fresh: tuple[list[_batch.Leaf], Tensor | None] | None = None  # new samples in training, their labels
+        self._datasets: dict[int, Dataset[Any]] = {}  # of past tasks, to reload from
         self._parts: list[dict[str, Any]] = []  # of the memory, one a process, until training starts
         self._process = 0, 1  # rank and number
 
@@ -108,20 +109,25 @@ class RehearsalCallback(ContinualCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check what the method needs, and take this process's share of the memory."""
         super().setup(trainer, pl_module, stage)
-        if stage != "fit" or self._is_neutral:
+        if stage != "fit":
             return
-        _host.require_batch_hooks(pl_module, type(self).__name__)
-        if self.reload:
-            self._data(trainer)
+        self._fresh, self._datasets = None, {}
         self._process = trainer.global_rank, trainer.world_size
         if self._parts:
             self.memory.load_state_dict(self._parts, *self._process)
         else:
             self.memory.distribute(*self._process)
+        if self._is_neutral:
+            return
+        _host.require_batch_hooks(pl_module, type(self).__name__)
+        if self.reload:
+            self._data(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put rehearsal in front of the batch's way to the device."""
         self._parts = []
+        # After a fit that raised, a new Trainer counts from 0.
+        self._first_epoch = min(self._first_epoch, _host.epochs_processed(trainer))
         super().on_train_start(trainer, pl_module)
         if not self._is_neutral:
             owner = _host.batch_hook_owner(trainer)
@@ -131,22 +137,26 @@ class RehearsalCallback(ContinualCallback):
         """Rehearse what came before this task, and remember its first epoch."""
         self._task = task
         self._first_epoch = _host.epochs_processed(trainer)
+        if self._reads_again and not self._is_neutral:
+            self._loader(trainer)
 
     def _join_past(self, trainer: L.Trainer, inner: Callable[..., Any], batch: Any, dataloader_idx: int) -> Any:
         batch = inner(batch, dataloader_idx)
         if not trainer.training:
             return batch
         leaves, rebuild = _batch.flatten(batch)
-        remembers = not (self.memory.needs_features or self.reload)
-        if remembers and _host.epochs_processed(trainer) == self._first_epoch:
-            self._fresh = batch, leaves
         num_new = len(leaves[0])
         share = self.proportion if self.mode == "replace" else self.proportion / (1 - self.proportion)
         past = self.memory.draw(round(share * num_new), before=self._task, selection=self.selection)
+        self._fresh = None
+        if not self._reads_again and _host.epochs_processed(trainer) == self._first_epoch:
+            labels = self._labels(batch, num_new) if self._needs_labels else None
+            # Without past samples the module gets this very batch, and may change it in place.
+            self._fresh = leaves if past else [_copy(leaf) for leaf in leaves], labels
         if not past:
             return batch
         if self.reload:
-            past = self._read(trainer, past)
+            past = _batch.flatten(inner(self._read(trainer, past), dataloader_idx))[0]
         if self.mode == "replace":
             leaves = [leaf[: num_new - len(past[0])] for leaf in leaves]
         return rebuild(_batch.join(leaves, past))
@@ -154,11 +164,10 @@ class RehearsalCallback(ContinualCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the new samples that were trained."""
+        """Remember the batch's new samples, now that they are trained."""
         if self._fresh is None:
             return
-        (batch, leaves), self._fresh = self._fresh, None
-        labels = self._labels(batch, len(leaves[0])) if self._needs_labels else None
+        (leaves, labels), self._fresh = self._fresh, None
         if repeated := _host.repeated_samples(trainer):
             num_new = max(0, len(leaves[0]) - repeated)
             leaves = [leaf[:num_new] for leaf in leaves]
@@ -172,50 +181,71 @@ class RehearsalCallback(ContinualCallback):
         if self._is_neutral:
             return
         if self.reload:
-            self._remember_places(trainer, task)
+            self._remember_places(trainer, pl_module, task)
         elif isinstance(self.memory, HerdingMemory):
             self._herd(trainer, pl_module, self.memory, task)
 
-    def _remember_places(self, trainer: L.Trainer, task: int) -> None:
-        dataset = self._data(trainer).training_data(task)
-        rank, world_size = self._process
-        places = torch.arange(rank, require_num_samples(dataset), world_size)
-        labels = labels_of(dataset, None)[places] if self._needs_labels else None
+    def _remember_places(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
+        own = self._own_places(trainer)
+        places = torch.tensor(own, dtype=torch.int64)
+        labels = None
+        if self._needs_labels and self.label is None:
+            labels = labels_of(self._loader(trainer).dataset)[places]
+        elif self._needs_labels:
+            with _host.observing(pl_module):
+                found = [self._labels(batch, _batch.size(batch)) for batch in self._batches(trainer, own)]
+            labels = torch.cat([places[:0], *found])
         self.memory.add([places, torch.full_like(places, task)], task=task, labels=labels)
 
-    def _read(self, trainer: L.Trainer, past: list[_batch.Leaf]) -> list[_batch.Leaf]:
+    def _read(self, trainer: L.Trainer, past: list[_batch.Leaf]) -> Any:
+        """Return a batch of the samples at places of past tasks, such as the loader gives to training."""
         places, tasks = (torch.as_tensor(leaf).tolist() for leaf in past)
-        sets = {task: self._data(trainer).training_data(task) for task in set(tasks)}
-        samples = [sets[task][place] for task, place in zip(tasks, places, strict=True)]
-        return _batch.flatten(_host.train_loader(trainer).collate_fn(samples))[0]
+        for task in set(tasks) - self._datasets.keys():
+            self._datasets[task] = self._data(trainer).training_data(task)
+        samples = [self._datasets[task][place] for task, place in zip(tasks, places, strict=True)]
+        return trainer.precision_plugin.convert_input(self._loader(trainer).collate_fn(samples))
 
     def _herd(self, trainer: L.Trainer, pl_module: L.LightningModule, memory: HerdingMemory, task: int) -> None:
-        loader = _host.train_loader(trainer)
-        if isinstance(loader.dataset, IterableDataset):
-            raise MisconfigurationException(
-                "`HerdingMemory` goes over a task's training data twice, but got an iterable data set. Use a map-style"
-                " one, or another memory."
-            )
         assert self.features is not None
-        rank, world_size = self._process
-        own = list(range(rank, require_num_samples(loader.dataset), world_size))
+        own = self._own_places(trainer)
         features: list[Tensor] = []
         found: list[Tensor] = []
-        with (
-            _host.observing(pl_module),
-            _host.progress(trainer, _host.num_batches(_host.in_order(loader, own)), f"Herding task {task}") as tick,
-        ):
-            for batch in _host.in_order(loader, own):
+        num_batches = _host.num_batches(_host.in_order(self._loader(trainer), own))
+        with _host.observing(pl_module), _host.progress(trainer, num_batches, f"Herding task {task}") as tick:
+            for batch in self._batches(trainer, own):
                 found.append(self._labels(batch, _batch.size(batch)))
-                features.append(self.features(pl_module, _host.to_device(trainer, batch)).float().cpu())
+                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+                features.append(self.features(pl_module, batch).float().cpu())
                 tick()
             labels = torch.cat(found)
             chosen, ranks = memory.choose(torch.cat(features), labels)
             start = 0
-            for batch in _host.in_order(loader, [own[place] for place in chosen.tolist()]):
+            for batch in self._batches(trainer, [own[place] for place in chosen.tolist()]):
                 leaves, _ = _batch.flatten(batch)
                 some = slice(start, start := start + len(leaves[0]))
                 memory.add(leaves, task=task, labels=labels[chosen[some]], ranks=ranks[some])
+
+    def _own_places(self, trainer: L.Trainer) -> list[int]:
+        """Return this process's share of the places in the task's data set."""
+        rank, world_size = self._process
+        return list(range(rank, require_num_samples(self._loader(trainer).dataset), world_size))
+
+    def _batches(self, trainer: L.Trainer, places: Sequence[int]) -> Iterator[Any]:
+        """Yield the samples at ``places`` of the task's data set, ready for the transfer to the device."""
+        owner = _host.batch_hook_owner(trainer)
+        for batch in _host.in_order(self._loader(trainer), places):
+            yield owner.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
+
+    def _loader(self, trainer: L.Trainer) -> DataLoader[Any]:
+        """Return the training loader, if its data set can be read again."""
+        loader = _host.train_loader(trainer)
+        if num_samples(loader.dataset) is None:
+            who = "`RehearsalCallback(reload=True)`" if self.reload else f"`{type(self.memory).__name__}`"
+            raise MisconfigurationException(
+                f"{who} reads training data more than once, but got an iterable data set. Use a map-style one, or a"
+                " memory that keeps what passes by, such as `ReservoirMemory`."
+            )
+        return loader
 
     # --- State --------------------------------------------------------------------------------------------------------
 
@@ -235,6 +265,11 @@ class RehearsalCallback(ContinualCallback):
     @property
     def _is_neutral(self) -> bool:
         return self.proportion == 0 or self.memory.capacity == 0
+
+    @property
+    def _reads_again(self) -> bool:
+        """Whether exemplars are chosen at the end of a task, among all of its data."""
+        return self.reload or self.memory.needs_features
 
     @property
     def _needs_labels(self) -> bool:
@@ -265,5 +300,9 @@ class RehearsalCallback(ContinualCallback):
 def _find_labels(batch: Any) -> Any:
     """Return what is named like labels in a mapping, or the second part of a pair."""
     if isinstance(batch, Mapping):
-        return next((batch[key] for key in ("label", "labels", "y", "target") if key in batch), None)
+        return next((batch[key] for key in LABEL_KEYS if key in batch), None)
     return batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
+
+
+def _copy(leaf: _batch.Leaf) -> _batch.Leaf:
+    return leaf.clone() if isinstance(leaf, Tensor) else list(leaf)

@@ -34,8 +34,8 @@ def unit_activity(
 
     Args:
         module: The module; run in evaluation mode.
-        layers: Names, as in ``named_modules()``, of layers with output ``(B, units)``, ``(B, units, *)``, or, for linear
-            and layer norm layers, ``(B, *, units)``.
+        layers: Names, as in ``named_modules()``, of layers with output ``(B, units)``, ``(B, units, *)``, or, for
+            linear and layer norm layers, ``(B, *, units)``.
         batches: Batches of any structure and size; by default inputs ``(B, *)`` of ``module``.
         forward: Maps a batch to anything, by way of the module's forward; by default ``module`` itself.
         activation: What the network applies to the outputs of ``layers``; name a batch norm, not its convolution, if
@@ -89,8 +89,8 @@ def unit_activity(
     unused = [name for name in layers if name not in sums]
     if unused:
         raise ValueError(
-            f"Every layer must be used in the forward pass of at least one batch, but {unused[0]!r} is not. Pass batches,"
-            " and in `layers` only what is called as a module."
+            f"Every layer must be used in the forward pass of at least one batch, but {unused[0]!r} is not. Pass at"
+            " least one batch, and in `layers` only what is called as a module."
         )
     if all_reduce is not None:
         counts = {name: int(all_reduce(torch.tensor(counts[name], device=sums[name].device))) for name in layers}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.overrides import TorchFunctionMode
 
 from lightning_continual import _batch
 from lightning_continual.importance.moments import Moments, accumulator_dtype, chunks
@@ -33,22 +34,24 @@ def moments_by_vmap(
     # All parameters detached, not only those asked for: autograd need not follow underneath.
     everything = {f"module.{name}": p.detach() for name, p in module.named_parameters()}
     asked = {f"module.{name}": p.detach() for name, p in parameters.items()}
-    caller = _Caller(module, lambda one: torch.stack(totals(one, 1)))
+    caller = _Caller(module, totals)
+    is_recurrent = any(isinstance(submodule, nn.RNNBase) for submodule in module.modules())
 
     def of_one(*sample: Tensor) -> tuple[ParamDict, ParamDict]:
         one = rebuild([leaf.unsqueeze(0) for leaf in sample])
-        values, pull_back = vjp(lambda asked: functional_call(caller, everything | asked, (one,)), asked)
+        values, pull_back, *_ = vjp(lambda asked: functional_call(caller, everything | asked, (one,)), asked)
         squares: ParamDict = {}
         sums: ParamDict = {}
         for row in torch.eye(len(values), dtype=values.dtype, device=values.device):
             for name, gradient in pull_back(row)[0].items():
                 gradient = gradient.to(accumulator_dtype(gradient))
                 squares[name] = squares.get(name, 0) + gradient.square()
-                sums[name] = sums.get(name, 0) + gradient
-        return squares, sums if with_sums else {}
+                if with_sums:
+                    sums[name] = sums.get(name, 0) + gradient
+        return squares, sums
 
     moments = Moments(with_sums)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.backends.mkldnn.flags(enabled=not is_recurrent):
         warnings.filterwarnings("ignore", message="There is a performance drop")
         for part in chunks(len(tensors[0]), sum(p.numel() for p in parameters.values())):
             squares, sums = vmap(of_one, randomness="different")(*(leaf[part] for leaf in tensors))
@@ -79,10 +82,25 @@ def ordinary_gradients(totals: Sequence[Tensor], inputs: Sequence[Any]) -> Itera
 class _Caller(nn.Module):
     """Makes a function that calls ``module`` a module itself, so that `functional_call` can exchange parameters."""
 
-    def __init__(self, module: nn.Module, function: Callable[[Any], Tensor]) -> None:
+    def __init__(self, module: nn.Module, totals: Totals) -> None:
         super().__init__()
         self.module = module
-        self.function = function
+        self.totals = totals
 
-    def forward(self, batch: Any) -> Tensor:
-        return self.function(batch)
+    def forward(self, one: Any) -> Tensor:
+        with _BatchedState():
+            return torch.stack(self.totals(one, 1))
+
+
+class _BatchedState(TorchFunctionMode):
+    """Gives recurrent layers an initial state for each sample: they write into it, which vmap allows only then."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
+            x, state, *rest = args
+            zero = 0 * x.detach().flatten()[0]
+            state = tuple(h + zero for h in state) if isinstance(state, tuple | list) else state + zero
+            args = (x, state, *rest)
+        return func(*args, **(kwargs or {}))

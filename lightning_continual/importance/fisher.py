@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_continual.importance.fallback import ordinary_gradients
-from lightning_continual.importance.per_sample import PerSampleGradients, Reduction, check_finite
 from lightning_continual.importance.moments import Moments, accumulator_dtype
+from lightning_continual.importance.per_sample import PerSampleGradients, Reduction, check_finite
 from lightning_continual.importance.undisturbed import undisturbed
 from lightning_continual.parameters import ParamDict, trainable
 
@@ -192,9 +192,9 @@ def batched_fisher(
     .. math::
         F_i = \frac1K \sum_{k=1}^{K} \left(\frac{\partial L_k}{\partial \theta_i}\right)^{\!2}
 
-    where :math:`L_k` is the loss of batch ``k``, a mean over its samples, as in Avalanche and many others. It depends on
-    how samples are batched: near a minimum it is smaller than `empirical_fisher` by the batch size, and so the strength
-    that goes with it is larger by as much.
+    where :math:`L_k` is the loss of batch ``k``, a mean over its samples, as in Avalanche and many others. It depends
+    on how samples are batched: near a minimum it is smaller than `empirical_fisher` by the batch size, and so the
+    strength that goes with it is larger by as much.
 
     Args:
         module: The module whose trainable parameters are meant.
@@ -264,8 +264,8 @@ def gradient_deviation(
         One tensor per trainable parameter, of the parameter's shape, dtype and device.
 
     Raises:
-        ValueError: If ``statistic`` is unknown, ``batches`` is empty, ``loss`` is not as described, or a gradient is not
-            finite.
+        ValueError: If ``statistic`` is unknown, ``batches`` is empty, ``loss`` is not as described, or a gradient is
+            not finite.
 
     Example:
         The loss ``w x`` has gradient ``x``: 1 and 3 lie one from their mean.

@@ -161,7 +161,7 @@ def _scatter(a: Tensor, delta: Tensor, num_rows: int, padding: int | None) -> Te
 
 def _scatter_squares(a: Tensor, delta: Tensor, num_rows: int, padding: int | None) -> Tensor:
     slots, values = _slots(a, delta, num_rows, padding)
-    used, where = slots.unique(return_inverse=True)
+    used, where = torch.unique(slots, return_inverse=True)
     sums = values.new_zeros(len(used), values.shape[-1]).index_add_(0, where, values)
     return values.new_zeros(num_rows, values.shape[-1]).index_add_(0, used % num_rows, sums.square_())
 
@@ -217,8 +217,11 @@ def _instance_norm(
     momentum: float = 0.1,  # noqa: ARG001
     eps: float = 1e-5,
 ) -> Call:
-    statistics = {} if use_input_stats else {"running_mean": running_mean, "running_var": running_var}
-    normalise = partial(F.instance_norm, **statistics, use_input_stats=use_input_stats, eps=eps)
+    if use_input_stats:
+        running_mean = running_var = None  # or they would be updated
+    normalise = partial(
+        F.instance_norm, running_mean=running_mean, running_var=running_var, use_input_stats=use_input_stats, eps=eps
+    )
     return Call(input, _affine(weight, bias, normalise, _sum_to_channel))
 
 

@@ -12,7 +12,7 @@ from lightning_continual.importance.layers import Gradient
 from lightning_continual.parameters import ParamDict
 
 _WORKSPACE = 2**22
-"""Elements held at a time for gradients of single samples: enough to keep a processor busy, little enough for caches."""
+"""Elements held at a time for gradients of single samples: enough to keep a processor busy, few enough for caches."""
 
 
 def accumulator_dtype(x: Tensor) -> torch.dtype:
@@ -47,7 +47,8 @@ class Moments:
         """Add the gradients of one sample (``None``: zero)."""
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
-                self.add(name, gradient.to(accumulator_dtype(gradient), copy=True).unsqueeze(0))
+                gradient = gradient.to(accumulator_dtype(gradient))
+                self.add_sums(name, squares=gradient.square(), sums=gradient.clone() if self.with_sums else None)
 
     def update(self, other: Moments, names: Iterable[str]) -> None:
         """Add the moments of other samples for the parameters in ``names``; the tensors now belong to these moments."""

@@ -83,8 +83,8 @@ class PerSampleGradients:
         """Add the samples of ``batch``.
 
         Raises:
-            ValueError: If the loss is not of a documented shape, is evidently not the ``reduction`` given, or depends on
-                no trainable parameter; or if a gradient is not finite.
+            ValueError: If the loss is not of a documented shape, is evidently not the ``reduction`` given, or depends
+                on no trainable parameter; or if a gradient is not finite.
         """
         num_samples, known = _batch.size(batch), set(self._slow)
         if self._axes is None and num_samples > 1:
@@ -179,19 +179,19 @@ class PerSampleGradients:
         self._check_reduction(leaves, rebuild, count)
         totals, uses = self._record(rebuild(_batch.take(leaves, chosen)), count)
         axes = _guess_axes(uses, count)
-        found, served = self._by_layers(_mixed(totals), uses, axes, count)
+        found, served = self._by_layers([_mixed(totals)], uses, axes, count)
         parameters = list(self.parameters.values())
         expected = Moments(with_sums=False)
         for index in chosen:
             # The sample repeated, not alone, so that the same kernels round in the same way.
             totals = self._totals(rebuild(_batch.take(leaves, index.repeat(count))), count)
-            for gradients in ordinary_gradients([_mixed(totals)[0] / count], parameters):
+            for gradients in ordinary_gradients([_mixed(totals) / count], parameters):
                 expected.add_single(self.parameters, gradients)
-        norms = {name: squares.norm() for name, squares in expected.squares.items()}
-        for name in served & norms.keys():
-            difference = expected.squares[name] - found.squares.get(name, 0)
-            rounding = (100 * torch.finfo(difference.dtype).eps) ** 2 * max(norms.values())
-            if difference.norm() > _TOLERANCE * norms[name] + rounding:
+        largest = max((squares.norm() for squares in expected.squares.values()), default=torch.zeros(()))
+        for name in served & (found.squares.keys() | expected.squares.keys()):
+            truth = expected.squares.get(name, torch.zeros_like(self.parameters[name]))
+            rounding = (100 * torch.finfo(truth.dtype).eps) ** 2 * largest
+            if (found.squares.get(name, 0.0) - truth).norm() > _TOLERANCE * truth.norm() + rounding:
                 self._slow.add(name)
         return axes
 
@@ -235,6 +235,6 @@ def _term(use: Use, axis: int | None, delta: Tensor, num_samples: int, parameter
     return Term(use.gradient, use.arrange(a, axis, num_samples), use.arrange(delta.to(dtype), axis, num_samples))
 
 
-def _mixed(totals: Sequence[Tensor]) -> list[Tensor]:
+def _mixed(totals: Sequence[Tensor]) -> Tensor:
     """Return one combination of all, with different weights lest it vanish where the sum does."""
-    return [sum((1 + k / len(totals)) * total for k, total in enumerate(totals))]
+    return torch.stack([(1 + k / len(totals)) * total for k, total in enumerate(totals)]).sum()

@@ -38,7 +38,7 @@ class Use:
 
     def arrange(self, x: Tensor, axis: int, num_samples: int) -> Tensor:
         """Arrange ``(N * K, *)``, or ``(T, N, *)`` for axis 1, as ``(N, K, *)``."""
-        return x.movedim(1, 0).unsqueeze(1) if axis == 1 else x.unflatten(0, (num_samples, -1))
+        return x.movedim(1, 0).unsqueeze(1) if axis == 1 else x.view(num_samples, -1, *x.shape[1:])
 
 
 class Recorder(TorchFunctionMode):
