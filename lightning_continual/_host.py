@@ -24,7 +24,6 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import model_helpers
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
@@ -75,8 +74,8 @@ def unwrap_methods(key: Any) -> None:
             if layers:
                 continue
             del methods[name]
-            method = owner.__dict__.get(name)
-            if method is None or method is not dispatch():  # replaced since, or wrapped by somebody else: theirs
+            method = dispatch()
+            if method is None or owner.__dict__.get(name) is not method:  # replaced since, or wrapped by somebody else
                 continue
             inner = method.__wrapped__
             if getattr(inner, "__func__", None) is getattr(type(owner), name, None):
@@ -275,6 +274,16 @@ def set_random_state(state: dict[str, Any]) -> None:
         numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
 
 
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Give back the random state, after an exception too (unlike Lightning's ``isolate_rng``)."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
+
+
 def _is_distributed() -> bool:
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
@@ -351,7 +360,7 @@ def observing(module: nn.Module) -> Iterator[None]:
     """
     _observing.append(module)
     try:
-        with isolate_rng(), torch.no_grad(), _metrics_kept(module), _buffers_kept(module), evaluating(module):
+        with random_state_kept(), torch.no_grad(), _metrics_kept(module), _buffers_kept(module), evaluating(module):
             yield
     finally:
         _observing.pop()

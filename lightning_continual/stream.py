@@ -10,7 +10,6 @@ import lightning.pytorch as L
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_continual import _host
 from lightning_continual.data import ContinualDataModule
@@ -49,13 +48,13 @@ class ContinualCallback(L.Callback):
         """Start a task, where one fit is one task."""
         self._has_trained = True
         if _stream(trainer) is None and not self._in_task:
-            with isolate_rng():
+            with _host.random_state_kept():
                 _start(self, trainer, self._current_task(trainer))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """End the task, where one fit is one task."""
         if _stream(trainer) is None:
-            with isolate_rng():
+            with _host.random_state_kept():
                 _end(self, trainer, self._current_task(trainer))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -326,7 +325,7 @@ class TaskStream(L.Callback):
         self._set_end(trainer)
 
     def _call(self, boundary: Callable[[L.Callback, L.Trainer, int], None], trainer: L.Trainer) -> None:
-        with isolate_rng():
+        with _host.random_state_kept():
             if self._random_state is not None:
                 _host.set_random_state(self._random_state)
             for callback in _host.callbacks_of(trainer):

@@ -61,6 +61,8 @@ def test_every_argument_of_callbacks_module_and_data_can_be_configured(
         assert f"{argument}:" in printed
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")  # of jsonargparse
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:jsonargparse")
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 def test_a_stream_runs_from_a_configuration(
     run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -83,6 +83,11 @@ class RehearsalCallback(ContinualCallback):
             )
         if mode not in ("add", "replace"):
             raise ValueError(f"`mode` must be 'add' or 'replace', but got {mode!r}.")
+        if not callable(selection) and selection not in ("uniform", "recent", "balanced"):
+            raise ValueError(
+                f"`selection` must be 'uniform', 'recent' or 'balanced', but got {selection!r}. Pass one of them, or a"
+                " function of (tasks, labels, before) that returns weights."
+            )
         self.memory = memory if isinstance(memory, Memory) else ReservoirMemory(memory)
         if self.memory.needs_features and features is None:
             raise ValueError(

@@ -64,9 +64,8 @@ def unit_activity(
     modules = dict(module.named_modules())
     missing = [name for name in layers if name not in modules]
     if missing:
-        raise ValueError(
-            f"`layers` must name layers of the module, but it has no {missing[0]!r}. Use `named_modules()`."
-        )
+        known = ", ".join(name for name in modules if name)
+        raise ValueError(f"`layers` must name layers of the module, but got {missing[0]!r}. It has {known}.")
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(layers, 0)
 

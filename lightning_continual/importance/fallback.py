@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -35,7 +36,6 @@ def moments_by_vmap(
     everything = {f"module.{name}": p.detach() for name, p in module.named_parameters()}
     asked = {f"module.{name}": p.detach() for name, p in parameters.items()}
     caller = _Caller(module, totals)
-    is_recurrent = any(isinstance(submodule, nn.RNNBase) for submodule in module.modules())
 
     def of_one(*sample: Tensor) -> tuple[ParamDict, ParamDict]:
         one = rebuild([leaf.unsqueeze(0) for leaf in sample])
@@ -51,8 +51,10 @@ def moments_by_vmap(
         return squares, sums
 
     moments = Moments(with_sums)
-    with warnings.catch_warnings(), torch.backends.mkldnn.flags(enabled=not is_recurrent):
-        warnings.filterwarnings("ignore", message="There is a performance drop")
+    with warnings.catch_warnings(), ExitStack() as stack:
+        warnings.filterwarnings("ignore", message="There is a performance drop|TF32 acceleration on top of oneDNN")
+        if any(isinstance(submodule, nn.RNNBase) for submodule in module.modules()):
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))  # vmap does not know its LSTM
         for part in chunks(len(tensors[0]), sum(p.numel() for p in parameters.values())):
             squares, sums = vmap(of_one, randomness="different")(*(leaf[part] for leaf in tensors))
             for name in parameters:

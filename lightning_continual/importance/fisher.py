@@ -124,9 +124,10 @@ def sampled_fisher(
 
     def labels(batch: Any) -> Tensor:
         with torch.no_grad():
-            cumulative = _logits(logits or model, batch, "sampled").double().softmax(1).cumsum(1)
-        uniform = torch.rand(len(cumulative), 1, generator=generator, device=generator.device, dtype=torch.float64)
-        return (cumulative < uniform.to(cumulative.device)).sum(1).clamp(max=cumulative.shape[1] - 1)
+            values = _logits(logits or model, batch, "sampled")
+        cumulative = values.cpu().double().softmax(1).cumsum(1)
+        uniform = torch.rand(len(values), 1, generator=generator, device=generator.device, dtype=torch.float64).cpu()
+        return (cumulative < uniform).sum(1).clamp(max=values.shape[1] - 1).to(values.device)
 
     def loss(batch: Any) -> Tensor:
         return F.cross_entropy(_logits(logits or model, batch[0], "sampled"), batch[1], reduction="none")
@@ -226,7 +227,7 @@ def batched_fisher(
             new = Moments(with_sums=False)
             for gradients in ordinary_gradients([loss(batch)], list(parameters.values())):
                 new.add_single(parameters, gradients)
-            check_finite(new, count)
+            check_finite(new, parameters, count)
             moments.update(new, parameters)
             count += 1
         return _like(parameters, _mean(parameters, moments.squares, count, all_reduce))

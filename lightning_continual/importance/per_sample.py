@@ -18,7 +18,7 @@ which it differs go the other ways.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -87,21 +87,19 @@ class PerSampleGradients:
                 on no trainable parameter; or if a gradient is not finite.
         """
         num_samples, known = _batch.size(batch), set(self._slow)
-        if self._axes is None and num_samples > 1:
-            self._axes = self._verify(batch, num_samples)
         moments = Moments(self._with_sums)
         if len(self._slow) < len(self.parameters):
             totals, uses = self._record(batch, num_samples)
+            if self._axes is None and num_samples > 1:
+                self._axes = self._verify(batch, num_samples)
             axes = _guess_axes(uses, num_samples) if self._axes is None else self._axes
             moments.update(*self._by_layers(totals, uses, axes, num_samples))
         if self._slow:
             moments.update(self._by_vmap_or_loop(batch), self._slow)
         if self._slow - known:
-            how = "vmap" if self._vmap_works else "a loop over the samples"
-            _LOGGER.info(
-                "Gradients of single samples: %s for %s; closed forms for the others.", how, sorted(self._slow)
-            )
-        check_finite(moments, self._num_batches)
+            how, names = "vmap" if self._vmap_works else "a loop over the samples", ", ".join(sorted(self._slow))
+            _LOGGER.info("Gradients of single samples: by %s for %s; by closed forms for the others.", how, names)
+        check_finite(moments, self.parameters, self._num_batches)
         self.moments.update(moments, self.parameters)
         self.count += num_samples
         self._num_batches += 1
@@ -121,7 +119,7 @@ class PerSampleGradients:
         return [loss.sum()] if loss.ndim == 1 else list(loss.sum(0))
 
     def _record(self, batch: Any, num_samples: int) -> tuple[list[Tensor], dict[str, list[Use]]]:
-        names = {id(p): name for name, p in self.parameters.items() if name not in self._slow}
+        names = {id(self.parameters[name]): name for name in self._fast(self.parameters)}
         with Recorder(names) as recorder:
             totals = self._totals(batch, num_samples)
         if not totals[0].requires_grad:
@@ -137,7 +135,7 @@ class PerSampleGradients:
         uses: Mapping[str, list[Use]],
         axes: Mapping[tuple[str, int], int | None],
         num_samples: int,
-    ) -> tuple[Moments, set[str]]:
+    ) -> tuple[Moments, list[str]]:
         """Return the moments, and the names of the parameters for which they hold; give up the others."""
         for name, its_uses in uses.items():
             for number, use in enumerate(its_uses):
@@ -151,7 +149,7 @@ class PerSampleGradients:
                 deltas = {id(edge): delta for edge, delta in zip(edges, found, strict=False)}
                 # A parameter that still is in the graph is used outside of the known layers, too.
                 self._slow |= {name for name, g in zip(uses, found[len(edges) :], strict=True) if g is not None}
-                for name in uses.keys() - self._slow:
+                for name in self._fast(uses):
                     terms = [
                         _term(use, axes[name, number], delta, num_samples, self.parameters[name])
                         for number, use in enumerate(uses[name])
@@ -159,7 +157,10 @@ class PerSampleGradients:
                     ]
                     if terms:
                         contraction.add(name, terms)
-            return contraction.compute(), uses.keys() - self._slow
+            return contraction.compute(), self._fast(uses)
+
+    def _fast(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if name not in self._slow]
 
     def _by_vmap_or_loop(self, batch: Any) -> Moments:
         slow = {name: p for name, p in self.parameters.items() if name in self._slow}
@@ -188,7 +189,7 @@ class PerSampleGradients:
             for gradients in ordinary_gradients([_mixed(totals) / count], parameters):
                 expected.add_single(self.parameters, gradients)
         largest = max((squares.norm() for squares in expected.squares.values()), default=torch.zeros(()))
-        for name in served & (found.squares.keys() | expected.squares.keys()):
+        for name in served:
             truth = expected.squares.get(name, torch.zeros_like(self.parameters[name]))
             rounding = (100 * torch.finfo(truth.dtype).eps) ** 2 * largest
             if (found.squares.get(name, 0.0) - truth).norm() > _TOLERANCE * truth.norm() + rounding:
@@ -209,10 +210,11 @@ class PerSampleGradients:
             )
 
 
-def check_finite(moments: Moments, number: int) -> None:
+def check_finite(moments: Moments, names: Iterable[str], number: int) -> None:
     """Raise a ``ValueError`` that names the first parameter with a gradient in batch ``number`` that is not finite."""
-    finite = torch.stack([value.sum().isfinite().cpu() for value in moments.squares.values()])
-    for name, is_finite in zip(moments.squares, finite.tolist(), strict=True):
+    sums = {name: moments.squares[name].sum() for name in names if name in moments.squares}
+    finite = torch.stack([value.isfinite().cpu() for value in sums.values()]).tolist() if sums else []
+    for name, is_finite in zip(sums, finite, strict=True):
         if not is_finite:
             raise ValueError(
                 f"Gradients must be finite, but those of parameter {name!r} are not in batch {number} (counted from 0)."
