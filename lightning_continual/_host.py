@@ -10,6 +10,7 @@ import atexit
 import copy
 import functools
 import inspect
+import math
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -487,7 +488,7 @@ def progress(trainer: Any, total: int | None, description: str) -> Iterator[Call
     if bar is None or not bar.is_enabled or not trainer.is_global_zero:
         yield lambda: None
     elif (rich := getattr(bar, "progress", None)) is not None:
-        task = rich.add_task(description, total=total)
+        task = rich.add_task(description, total=math.inf if total is None else total)
         try:
             yield lambda: (rich.update(task, advance=1), bar.refresh())
         finally:

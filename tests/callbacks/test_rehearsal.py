@@ -779,6 +779,7 @@ def test_steps_skipped_in_fp16_are_remembered_too(trainer: Callable[..., L.Train
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_module_is_rehearsed(trainer: Callable[..., L.Trainer], backend: str) -> None:
     weights = []

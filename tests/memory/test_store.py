@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_continual import _store
-from lightning_continual._store import DiskStore, RamStore, restore
+import lightning_continual.memory.store as store_module
+from lightning_continual.memory.store import DiskStore, RamStore, restore
 
 DTYPES = [torch.uint8, torch.bool, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.complex64]
 
@@ -149,7 +149,7 @@ def test_a_full_disk_loses_nothing_and_says_so(tmp_path, monkeypatch, failing):
     leaves = [numbered([1, 2]), numbered([1, 2], dtype=torch.int64), ["a", "b"]]
     store.put(torch.tensor([0, 1]), leaves)
     sizes = {path: path.stat().st_size for path in tmp_path.iterdir()}
-    write, calls = _store._write, []
+    write, calls = store_module._write, []
 
     def full(file, data):
         calls.append(data)
@@ -159,7 +159,7 @@ def test_a_full_disk_loses_nothing_and_says_so(tmp_path, monkeypatch, failing):
         write(file, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_store, "_write", full)
+        patch.setattr(store_module, "_write", full)
         with pytest.raises(
             OSError, match=r"-[01]\.bin \(No space left on device\)\. Nothing that was .*lost.* Free disk"
         ):
@@ -177,7 +177,7 @@ def test_a_full_disk_loses_nothing_and_says_so(tmp_path, monkeypatch, failing):
 def test_a_real_limit_on_the_size_of_files_loses_nothing(tmp_path):
     script = f"""
         import resource, torch
-        from lightning_continual._store import DiskStore
+        from lightning_continual.memory.store import DiskStore
         store = DiskStore({str(tmp_path)!r})
         store.put(torch.arange(10), [torch.ones(10, 100)])
         resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))

@@ -12,8 +12,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lightning_continual import _store, memory
-from lightning_continual.memory import ClassBalancedMemory, HerdingMemory, ReservoirMemory, TaskMemory, herd
+from lightning_continual.memory import (
+    ClassBalancedMemory,
+    HerdingMemory,
+    ReservoirMemory,
+    TaskMemory,
+    grouped,
+    herd,
+    reservoir,
+    store,
+)
 
 MEMORIES = [ReservoirMemory, ClassBalancedMemory, TaskMemory, HerdingMemory]
 GROUPED = MEMORIES[1:]
@@ -77,7 +85,7 @@ def reservoirs(runs, capacity, num, block, slots_of):
         slots = slots_of((runs, len(items)), int(items[0]), capacity, generator)
         accepted = slots < capacity
         places = (slots + capacity * torch.arange(runs)[:, None])[accepted]
-        last = memory._last_writers(places)
+        last = reservoir._last_writers(places)
         kept[places[last]] = items.expand(runs, -1)[accepted][last]
     return kept.view(runs, capacity)
 
@@ -107,7 +115,7 @@ CASES = [
 @pytest.mark.parametrize(("capacity", "num", "runs"), CASES)
 def test_a_reservoir_keeps_every_sample_with_the_same_probability(capacity, num, runs, block):
     doubling = [capacity * 2**k for k in range(10) if capacity * 2**k < num]
-    kept = reservoirs(runs, capacity, num, block, memory._reservoir_slots)
+    kept = reservoirs(runs, capacity, num, block, reservoir._reservoir_slots)
     assert uniformity(kept, num, list(range(1, num))) > 0.001
     assert uniformity(kept, num, doubling) > 0.001
 
@@ -124,7 +132,7 @@ def test_a_reservoir_holds_what_writing_the_slots_one_by_one_leaves(capacity, bl
     slots = {}
     for numbers in torch.arange(300).split(block):
         offer(filled, numbers)
-        drawn = memory._reservoir_slots((len(numbers),), int(numbers[0]), capacity, generator)
+        drawn = reservoir._reservoir_slots((len(numbers),), int(numbers[0]), capacity, generator)
         for slot, number in zip(drawn.tolist(), numbers.tolist(), strict=True):
             if slot < capacity:
                 slots[slot] = number
@@ -185,7 +193,7 @@ def test_quotas_are_those_of_water_filling(capacity):
     generator = torch.Generator().manual_seed(capacity)
     for num_groups in [1, 2, 3, 10]:
         counts = torch.randint(0, 20, (num_groups,), generator=generator)
-        assert memory._fill(counts, capacity).tolist() == water_filling(counts.tolist(), capacity)
+        assert grouped._fill(counts, capacity).tolist() == water_filling(counts.tolist(), capacity)
 
 
 @pytest.mark.parametrize("block", [1, 7, 500], ids="block={}".format)
@@ -562,7 +570,7 @@ def test_a_full_disk_changes_nothing(kind, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(_store, "_write", full)
+        patch.setattr(store, "_write", full)
         with pytest.raises(OSError, match="Nothing that was remembered is lost"):
             offer(filled, range(1000, 1500), task=9)
     after = filled.state_dict()
