@@ -2,7 +2,9 @@
 
 from lightning_continual.callbacks.accuracy_matrix import AccuracyMatrixCallback
 from lightning_continual.callbacks.cost import CostCallback
+from lightning_continual.callbacks.ewc import EWCCallback
 from lightning_continual.callbacks.rehearsal import RehearsalCallback
+from lightning_continual.callbacks.synapse_neuron import SynapseNeuronCallback
 from lightning_continual.data import ContinualDataModule
 from lightning_continual.memory import ClassBalancedMemory, HerdingMemory, Memory, ReservoirMemory, TaskMemory
 from lightning_continual.metrics import (
@@ -34,10 +36,12 @@ __all__ = [
     "ContinualCallback",
     "ContinualDataModule",
     "CostCallback",
+    "EWCCallback",
     "HerdingMemory",
     "Memory",
     "RehearsalCallback",
     "ReservoirMemory",
+    "SynapseNeuronCallback",
     "Task",
     "TaskEarlyStopping",
     "TaskMemory",

@@ -13,7 +13,7 @@ import inspect
 import math
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary, ref
@@ -153,7 +153,15 @@ def position(trainer: Any) -> tuple[int, int]:
     epoch, batches = epochs_processed(trainer), trainer.fit_loop.epoch_loop.batch_progress
     if is_between_epochs(trainer):
         return epoch, 0
-    return (epoch + 1, 0) if batches.is_last_batch else (epoch, batches.current.processed)
+    done = batches.is_last_batch and batches.current.processed == batches.current.ready
+    return (epoch + 1, 0) if done else (epoch, batches.current.processed)
+
+
+def forget_broken_epoch(trainer: Any) -> None:
+    """Let an epoch that an exception broke off be begun anew, also in the counters that tell where a run resumes."""
+    epochs, batches = trainer.fit_loop.epoch_progress, trainer.fit_loop.epoch_loop.batch_progress
+    for counter in (epochs.current, epochs.total, batches.total):
+        counter.ready = counter.started = counter.completed = counter.processed
 
 
 def epoch_was_cut_short(trainer: Any) -> bool:
@@ -498,3 +506,93 @@ def progress(trainer: Any, total: int | None, description: str) -> Iterator[Call
     else:
         with tqdm(total=total, desc=description, leave=False, dynamic_ncols=True, file=sys.stdout) as line:
             yield lambda: line.update(1)
+
+
+# --- Gradients: where a penalty joins them, and how importance is read from them --------------------------------------
+
+
+def require_visible_gradients(trainer: Any, who: str) -> None:
+    """Raise if the strategy keeps gradients where a callback cannot see them by parameter."""
+    strategy = type(trainer.strategy).__name__
+    if strategy in ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"):
+        raise MisconfigurationException(
+            f"`{who}` needs the whole gradient of each parameter, but `{strategy}` shards them. Use 'ddp', or one"
+            " device."
+        )
+
+
+def gradient_scale(trainer: Any, optimizer: Any) -> float:
+    """Return the factor of the gradients in ``on_before_optimizer_step``.
+
+    It is 1, but with a GradScaler and an optimizer that unscales by itself, as fused ones do.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    return float(scaler.get_scale())
+
+
+def log_every(trainer: Any) -> int:
+    """Return the Trainer's ``log_every_n_steps``."""
+    return int(trainer.log_every_n_steps)
+
+
+def all_sum(trainer: Any) -> Callable[[Tensor], Tensor]:
+    """Return what sums a tensor over processes."""
+
+    def reduce(value: Tensor) -> Tensor:
+        if not _is_distributed():
+            return value
+        total = value.to(trainer.strategy.root_device, copy=True)
+        torch.distributed.all_reduce(total)
+        return total
+
+    return reduce
+
+
+def train_data(trainer: Any, *, num_samples: int | None = None) -> DataLoader[Any]:
+    """Return a loader over this process's share of the training data, in order, every sample once.
+
+    Args:
+        trainer: A Trainer inside ``fit``.
+        num_samples: The number of samples over all processes, spread evenly over the data; all when ``None``.
+    """
+    loader = train_loader(trainer)
+    size = require_num_samples(loader.dataset)
+    chosen = range(size) if num_samples is None else [place * size // num_samples for place in range(num_samples)]
+    return in_order(loader, chosen[trainer.global_rank :: trainer.world_size])
+
+
+@contextmanager
+def without_trace(module: Any) -> Iterator[None]:
+    """Call ``training_step`` with nothing logged, and metrics, buffers and the random state as before afterwards."""
+    own = vars(module).get("log")
+    _observing.append(module)
+    module.log = lambda *args, **kwargs: None
+    try:
+        with random_state_kept(), _metrics_kept(module), _buffers_kept(module):
+            yield
+    finally:
+        _observing.pop()
+        if own is None:
+            del module.log
+        else:
+            module.log = own
+
+
+def training_loss(trainer: Any, batch: Any) -> Tensor:
+    """Return the loss of ``training_step`` for a batch on the device; to be called `without_trace`."""
+    module = trainer.lightning_module
+    arguments = (batch, 0) if len(inspect.signature(module.training_step).parameters) > 1 else (batch,)
+    with trainer.precision_plugin.train_step_context():
+        return loss_of(module.training_step(*arguments))
+
+
+def loss_of(output: Any) -> Tensor:
+    """Return the loss in what a ``training_step`` returned: a tensor, or a mapping with the key ``"loss"``."""
+    loss = output["loss"] if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"`training_step` must return a loss (a tensor, or a mapping with the key 'loss'), but returned {output!r}."
+        )
+    return loss

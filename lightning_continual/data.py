@@ -57,7 +57,7 @@ class TaskSampler(DistributedSampler[Any]):
 
 
 class EvaluationSampler(DistributedSampler[Any]):
-    """Every sample once, in order, over all processes.
+    """Every sample once, in order, over all processes: for scores, which are joined over processes sample by sample.
 
     All processes have the same number of batches. Only where that cannot be otherwise (the last round of batches has
     fewer samples than there are processes) some processes repeat one sample.
@@ -141,7 +141,8 @@ class ContinualDataModule(L.LightningDataModule):
         val_fraction: Share in [0, 1) of a task's training data to hold out for validation, drawn at random by
             ``seed``, in tasks that bring no validation data.
         num_workers: Processes that load data.
-        shuffle: Whether to shuffle the training data anew in every epoch. Iterable data sets keep their own order.
+        shuffle: Whether to shuffle the training data anew in every epoch. Iterable data sets keep their own order, and
+            under several processes (or workers) must divide themselves.
         seed: Determines order and hold-out.
         **loader: Further arguments of `torch.utils.data.DataLoader`: ``pin_memory``, ``persistent_workers``,
             ``collate_fn``, ``drop_last``, ...
@@ -200,7 +201,8 @@ class ContinualDataModule(L.LightningDataModule):
         self._loader = loader
         self._current_task = 0
         self._resumed = (0, 0)
-        if val_fraction == 0 and all(task.val is None for task in self.tasks):
+        overridden = type(self).val_dataloader is not ContinualDataModule.val_dataloader
+        if val_fraction == 0 and all(task.val is None for task in self.tasks) and not overridden:
             # Lightning does not validate with a data module that does not override this.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
@@ -245,12 +247,12 @@ class ContinualDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> Any:
         """Return the validation loader of the current task; an empty list where only other tasks have such data."""
-        loader = self.evaluation_dataloader(self.current_task, "val")
+        loader = self._evaluation_loader(self.current_task, "val", self._even_sampler)
         return [] if loader is None else loader
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """Return the test loaders of all tasks."""
-        loaders = [self.evaluation_dataloader(task, "test") for task in range(self.num_tasks)]
+        loaders = [self._evaluation_loader(task, "test", self._even_sampler) for task in range(self.num_tasks)]
         if missing := [task for task, loader in enumerate(loaders) if loader is None]:
             raise ValueError(
                 f"Every task must have test data, but tasks {missing} have none. Pass `test=` to the function that"
@@ -261,6 +263,10 @@ class ContinualDataModule(L.LightningDataModule):
     def evaluation_dataloader(self, task: int, split: str) -> DataLoader[Any] | None:
         """Return a loader over a task's ``"val"`` or ``"test"`` data, every sample once, in order.
 
+        This is for scores that are joined by the number of samples. `val_dataloader` and `test_dataloader` differ from
+        it under several processes: like Lightning's own they give each process as many samples, the first ones a
+        second time, for ``self.log(sync_dist=True)`` goes wrong otherwise.
+
         Args:
             task: The task, from 0.
             split: ``"val"`` or ``"test"``.
@@ -268,12 +274,17 @@ class ContinualDataModule(L.LightningDataModule):
         Returns:
             The loader, or ``None`` where the task has no such data.
         """
+        return self._evaluation_loader(task, split, self._exact_sampler)
+
+    def _evaluation_loader(
+        self, task: int, split: str, sampler: Callable[[Any], DistributedSampler[Any]]
+    ) -> DataLoader[Any] | None:
         dataset = self._split(task)[1] if split == "val" else self.tasks[task].test
         if dataset is None:
             return None
         loader = {**self._loader, "drop_last": False}
         if not isinstance(dataset, IterableDataset):
-            loader["sampler"] = EvaluationSampler(dataset, batch_size=self.batch_size, trainer=self.trainer)
+            loader["sampler"] = sampler(dataset)
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
@@ -282,13 +293,22 @@ class ContinualDataModule(L.LightningDataModule):
             **loader,
         )
 
+    def _exact_sampler(self, dataset: Any) -> EvaluationSampler:
+        return EvaluationSampler(dataset, batch_size=self.batch_size, trainer=self.trainer)
+
+    def _even_sampler(self, dataset: Any) -> DistributedSampler[Any]:
+        world_size, rank = _processes(self.trainer)
+        return DistributedSampler(dataset, num_replicas=world_size, rank=rank, shuffle=False)
+
     def training_data(self, task: int) -> Dataset[Any]:
         """Return the data that a task is trained on: without what ``val_fraction`` holds out."""
         return self._split(task)[0]
 
     def setup(self, stage: str) -> None:
-        """Forget where an earlier fit was resumed; what is restored for this fit comes after."""
+        """Forget where an earlier fit was resumed or broken off; what is restored for this fit comes after."""
         self._resumed = (0, 0)
+        if stage == "fit" and self.trainer is not None:
+            _host.forget_broken_epoch(self.trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the task, and where in it training stands."""

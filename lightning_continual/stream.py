@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +42,8 @@ class ContinualCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Prepare the processes; subclasses check what they need, and raise before training starts."""
         self._has_trained = False
+        if stage == "fit" and _stream(trainer) is None:
+            self._in_task = False  # if a fit was broken off inside a task; a checkpoint to resume is loaded after this
         if trainer.world_size > 1:
             _host.leave_process_group_at_exit()
 
@@ -148,7 +151,7 @@ class TaskStream(L.Callback):
         self._batches_before = 0
         self._random_state: dict[str, Any] | None = None  # to put back: of a checkpoint, or from before validation
         self._limits: tuple[int | None, int] = (None, -1)  # `max_epochs` and `max_steps`, as last set here
-        self._reload_every = 0  # epochs, as the user has it
+        self._reload_every: int | None = None  # epochs, as the user has it
         self._has_trained = False
 
     @property
@@ -186,8 +189,10 @@ class TaskStream(L.Callback):
         if trainer.world_size > 1:
             _host.leave_process_group_at_exit()
         self._has_trained = False
+        self._random_state = None
         self._reload_every = _host.reloads_every(trainer)
-        data.batches_left = None if self.steps_per_task is None else self._batches_of_task(trainer)
+        data.current_task = min(self._task, data.num_tasks - 1)  # the first optimizers may ask for its length
+        data.batches_left = self._loader_length(trainer, self._batches_of_task(trainer))
         # The first optimizers are made between this hook and the next. `fast_dev_run` limits the steps of the whole
         # fit; here it is to run one batch of every task.
         self._limits = None, -1 if _host.fast_dev_run(trainer) else trainer.max_steps
@@ -211,7 +216,7 @@ class TaskStream(L.Callback):
         """Begin the stream, or continue where a checkpoint was saved."""
         self._has_trained = True
         if _host.epochs_processed(trainer) < self._epochs_before:  # a new Trainer: the task begins again
-            self._epochs_before, self._batches_before = 0, 0
+            self._epochs_before, self._batches_before, self._in_task = 0, 0, False
         self._set_end(trainer)
         if (bar := trainer.progress_bar_callback) is not None:
             _host.wrap_method(bar, "get_metrics", self, self._with_task)
@@ -254,6 +259,7 @@ class TaskStream(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """End the task, if this was its last epoch."""
         if _host.epoch_was_cut_short(trainer):
+            self._epochs_before += 1  # it counts for nothing
             return
         # Every one is asked, each epoch, for they count.
         early = [
@@ -271,11 +277,22 @@ class TaskStream(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the user's objects as they were."""
-        _host.unwrap_methods(self)
+        if stage == "fit":
+            self._leave(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the user's objects as they were."""
+        if trainer.state.fn == "fit":
+            self._leave(trainer)
+
+    def _leave(self, trainer: L.Trainer) -> None:
         _host.unwrap_methods(self)
+        self._reload_as_before(trainer)
+        self._reload_every = None
+
+    def _reload_as_before(self, trainer: L.Trainer) -> None:
+        if self._reload_every is not None:
+            _host.set_reloads_every(trainer, self._reload_every)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands, and every process's random state."""
@@ -300,7 +317,7 @@ class TaskStream(L.Callback):
     # --- The boundary -----------------------------------------------------------------------------------------------
 
     def _start_task(self, trainer: L.Trainer) -> None:
-        _host.set_reloads_every(trainer, self._reload_every)
+        self._reload_as_before(trainer)
         if self._task > 0 and self.reset_optimizer == "full":
             _host.set_limits(trainer, *self._size_of_task(trainer))
             trainer.strategy.setup_optimizers(trainer)
@@ -308,8 +325,8 @@ class TaskStream(L.Callback):
         elif self._task > 0 and self.reset_optimizer == "state":
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()
-        self._in_task = True
         self._call(_start, trainer)
+        self._in_task = True
 
     def _end_task(self, trainer: L.Trainer) -> None:
         self._call(_end, trainer)
@@ -320,7 +337,7 @@ class TaskStream(L.Callback):
         data = self._data(trainer)
         if self._task < data.num_tasks:
             data.current_task = self._task
-            data.batches_left = None if self.steps_per_task is None else self._batches_of_task(trainer)
+            data.batches_left = self._loader_length(trainer, self._batches_of_task(trainer))
             _host.reload_loaders(trainer)
         self._set_end(trainer)
 
@@ -332,8 +349,8 @@ class TaskStream(L.Callback):
                 boundary(callback, trainer, self._task)
 
     def _is_done(self, trainer: L.Trainer) -> bool:
-        if self.steps_per_task is not None:
-            return self._batches_left(trainer) <= 0
+        if (batches := self._batches_left(trainer)) is not None:
+            return batches <= 0
         epochs, _ = self._size_of_task(trainer)
         return _host.epochs_processed(trainer) - self._epochs_before >= epochs
 
@@ -353,17 +370,27 @@ class TaskStream(L.Callback):
         self._limits = max_epochs, self._limits[1]
         _host.set_limits(trainer, *self._limits)
 
-    def _batches_of_task(self, trainer: L.Trainer) -> int:
-        assert self.steps_per_task is not None
-        return self.steps_per_task * trainer.accumulate_grad_batches
+    def _batches_of_task(self, trainer: L.Trainer) -> int | None:
+        return None if self.steps_per_task is None else self.steps_per_task * trainer.accumulate_grad_batches
 
-    def _batches_left(self, trainer: L.Trainer) -> int:
-        return self._batches_of_task(trainer) - (_host.batches_processed(trainer) - self._batches_before)
+    def _batches_left(self, trainer: L.Trainer) -> int | None:
+        batches = self._batches_of_task(trainer)
+        return None if batches is None else batches - (_host.batches_processed(trainer) - self._batches_before)
+
+    @staticmethod
+    def _loader_length(trainer: L.Trainer, batches: int | None) -> int | None:
+        """Return how long a loader must be for the Trainer to take ``batches`` of it."""
+        share = trainer.limit_train_batches
+        if batches is None or isinstance(share, int) or share == 0:
+            return batches
+        length = math.ceil(batches / share)
+        return length + (int(length * share) < batches)
 
     def _cut_epoch(self, trainer: L.Trainer) -> None:
         """Make the next epoch end where the task's steps are done."""
-        if self.steps_per_task is not None and self._batches_left(trainer) < trainer.num_training_batches:
-            self._data(trainer).batches_left = self._batches_left(trainer)
+        batches = self._batches_left(trainer)
+        if batches is not None and batches < trainer.num_training_batches:
+            self._data(trainer).batches_left = self._loader_length(trainer, batches)
             _host.reload_loaders(trainer)
 
     def _with_task(self, inner: Any, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
@@ -443,29 +470,35 @@ class TaskEarlyStopping(L.Callback):
         """Note the value, which a run resumed after this validation will not have."""
         if not trainer.sanity_checking:
             self._validated = True
-            value = trainer.callback_metrics.get(self.monitor)
-            self._latest = None if value is None else float(value)
+            self._latest = self._value(trainer)
 
     def should_end_task(self, trainer: L.Trainer) -> bool:
         """Whether the task should end now; the same answer on every process."""
         if trainer.enable_validation and not self._validated and any(trainer.num_val_batches):
             return False
         self._validated = False
-        value = self._latest
+        value = self._value(trainer) if self._latest is None else self._latest
         if value is None:
-            logged = trainer.callback_metrics
-            if self.monitor not in logged:
-                raise MisconfigurationException(
-                    f"`TaskEarlyStopping(monitor={self.monitor!r})` found no such metric; logged were {sorted(logged)}."
-                    " Log it by `self.log` in `validation_step`, or monitor one of these."
-                )
-            value = float(logged[self.monitor])
+            raise MisconfigurationException(
+                f"`TaskEarlyStopping(monitor={self.monitor!r})` found no such metric; logged were"
+                f" {sorted(trainer.callback_metrics)}. Log it by `self.log` in `validation_step`, or monitor one of"
+                " these."
+            )
         gain = 0.0 if self._best is None else (self._best - value if self.mode == "min" else value - self._best)
         if self._best is None or gain > self.min_delta:
             self._best, self._epochs = value, 0
         else:
             self._epochs += 1
-        return bool(trainer.strategy.reduce_boolean_decision(self._epochs >= self.patience, all=False))
+        return self._epochs >= self.patience
+
+    def _value(self, trainer: L.Trainer) -> float | None:
+        """Return the metric, averaged over the processes that logged it: the same on all, as is the state."""
+        value = trainer.callback_metrics.get(self.monitor)
+        own = [0.0, 0.0] if value is None else [float(value), 1.0]
+        total, number = trainer.strategy.reduce(
+            torch.tensor(own, device=trainer.strategy.root_device), reduce_op="sum"
+        ).tolist()
+        return total / number if number else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value and the epochs since, and what is not yet counted."""

@@ -574,7 +574,14 @@ def test_gather_brings_every_processs_value_to_the_first(trainer: Callable[..., 
 
 @pytest.mark.parametrize(
     ("number", "batch_size", "drop_last", "limit"),
-    [(8, 2, False, 1.0), (9, 2, False, 1.0), (9, 3, True, 1.0), (11, 4, True, 1.0), (9, 2, False, 2), (1, 2, False, 1.0)],
+    [
+        (8, 2, False, 1.0),
+        (9, 2, False, 1.0),
+        (9, 3, True, 1.0),
+        (11, 4, True, 1.0),
+        (9, 2, False, 2),
+        (1, 2, False, 1.0),
+    ],
 )
 def test_repeated_samples_are_counted_in_the_batch_that_holds_them(
     trainer: Callable[..., L.Trainer], number: int, batch_size: int, drop_last: bool, limit: float

@@ -2,6 +2,14 @@
 
 from lightning_continual.callbacks.accuracy_matrix import AccuracyMatrixCallback
 from lightning_continual.callbacks.cost import CostCallback
+from lightning_continual.callbacks.ewc import EWCCallback
 from lightning_continual.callbacks.rehearsal import RehearsalCallback
+from lightning_continual.callbacks.synapse_neuron import SynapseNeuronCallback
 
-__all__ = ["AccuracyMatrixCallback", "CostCallback", "RehearsalCallback"]
+__all__ = [
+    "AccuracyMatrixCallback",
+    "CostCallback",
+    "EWCCallback",
+    "RehearsalCallback",
+    "SynapseNeuronCallback",
+]

@@ -1,0 +1,169 @@
+"""What holds weights to where they were: softly, by a quadratic penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lightning_continual.parameters import ParamDict
+
+
+@dataclass(frozen=True)
+class QuadraticPenalty:
+    r"""A quadratic penalty on weights, in natural parameters.
+
+    .. math::
+        P(\theta) = \tfrac12 \sum_i \Lambda_i \theta_i^2 - \sum_i \eta_i \theta_i + \text{const}
+                  = \tfrac12 \sum_i \Lambda_i (\theta_i - \mu_i)^2 + r, \qquad \eta = \Lambda \mu
+
+    A sum of such penalties is one such penalty: :math:`\Lambda` and :math:`\eta` add up. So there are two tensors a
+    weight for any number of tasks, and the gradient :math:`\Lambda \theta - \eta` is that of all of them.
+
+    Penalties combine by ``a + b`` and ``γ * a``; nothing is changed in place.
+
+    Args:
+        precision: :math:`\Lambda`, not negative, by parameter name. Names that are missing are not penalised.
+        shift: :math:`\eta`, of the same names and shapes.
+        residual: :math:`r`, what remains of the penalties summed up at the best weights: zero for a single one.
+
+    Example:
+        >>> one = QuadraticPenalty.around({"w": torch.tensor([0.0])}, {"w": torch.tensor([1.0])})
+        >>> two = QuadraticPenalty.around({"w": torch.tensor([2.0])}, {"w": torch.tensor([1.0])})
+        >>> (one + two).value({"w": torch.tensor([1.0])})  # half of 1, twice
+        tensor(1.)
+        >>> (one + two).gradient({"w": torch.tensor([3.0])})["w"]  # 3 + 1
+        tensor([4.])
+
+    References:
+        - Kirkpatrick et al. *Overcoming catastrophic forgetting in neural networks.* PNAS 2017.
+        - Huszár. *Note on the quadratic penalties in elastic weight consolidation.* PNAS 2018.
+    """
+
+    precision: ParamDict = field(default_factory=dict)
+    shift: ParamDict = field(default_factory=dict)
+    residual: float = 0.0
+
+    @classmethod
+    def around(cls, anchor: Mapping[str, Tensor], precision: Mapping[str, Tensor]) -> QuadraticPenalty:
+        r"""Return :math:`\tfrac12 \sum_i \Lambda_i (\theta_i - \theta^*_i)^2` around an anchor :math:`\theta^*`."""
+        return cls(
+            {name: value.detach().clone() for name, value in precision.items()},
+            {name: value.detach() * anchor[name].detach() for name, value in precision.items()},
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.precision)
+
+    def __add__(self, other: QuadraticPenalty) -> QuadraticPenalty:
+        names = [*self.precision, *(name for name in other.precision if name not in self.precision)]
+        both = [name for name in names if name in self.precision and name in other.precision]
+        distance = 0.0
+        for name in both:
+            # The minimum of Λ₁(θ - μ₁)² + Λ₂(θ - μ₂)² is Λ₁Λ₂ / (Λ₁ + Λ₂) (μ₁ - μ₂)².
+            a, b = self.precision[name].double(), other.precision[name].double()
+            gap = self.shift[name].double() * b - other.shift[name].double() * a
+            distance += float((gap.square() / (a * b * (a + b))).nan_to_num(0.0, 0.0, 0.0).sum())
+        return QuadraticPenalty(
+            _sum(self.precision, other.precision, names),
+            _sum(self.shift, other.shift, names),
+            self.residual + other.residual + distance / 2,
+        )
+
+    def __mul__(self, factor: float) -> QuadraticPenalty:
+        return QuadraticPenalty(
+            {name: factor * value for name, value in self.precision.items()},
+            {name: factor * value for name, value in self.shift.items()},
+            factor * self.residual,
+        )
+
+    __rmul__ = __mul__
+
+    def gradient(self, parameters: Mapping[str, Tensor]) -> ParamDict:
+        r"""Return :math:`\Lambda \theta - \eta`, by name."""
+        return {name: value * parameters[name].detach() - self.shift[name] for name, value in self.precision.items()}
+
+    def value(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        r"""Return :math:`P(\theta)`, ``()``.
+
+        It is summed over squares of distances, so that it is accurate near the anchor, and never negative.
+        """
+        total = torch.tensor(self.residual)
+        for name, precision in self.precision.items():
+            mean = (self.shift[name] / precision).nan_to_num(0.0, 0.0, 0.0)
+            total = total.to(precision) + (precision * (parameters[name].detach() - mean).square()).sum() / 2
+        return total
+
+    def aligned_with(self, parameters: Mapping[str, Tensor]) -> QuadraticPenalty:
+        """Return the penalty for a module whose layers may have gained rows (outputs), which are free.
+
+        Args:
+            parameters: The module's parameters by name.
+
+        Returns:
+            The penalty on the parameters' device, with zeros for the new rows.
+
+        Raises:
+            ValueError: If a parameter has disappeared, or changed in another way; the error names it.
+        """
+        precision, shift = {}, {}
+        for name, old in self.precision.items():
+            new = parameters.get(name)
+            if new is None:
+                raise ValueError(
+                    f"Parameter {name!r} is penalised, but the module has it no more. Restore into a module of the same"
+                    " architecture, or begin anew without the callback's state."
+                )
+            if new.shape[1:] != old.shape[1:] or new.ndim != old.ndim or len(new) < len(old):
+                raise ValueError(
+                    f"Parameter {name!r} is penalised with shape {tuple(old.shape)}, but has shape {tuple(new.shape)}."
+                    " Only rows (outputs) may be added. Restore into a module of the same architecture."
+                )
+            rows = () if new.ndim == 0 else (0, 0) * (new.ndim - 1) + (0, len(new) - len(old))
+            precision[name] = pad(old, rows).to(new.device) if rows else old.to(new.device)
+            shift[name] = pad(self.shift[name], rows).to(new.device) if rows else self.shift[name].to(new.device)
+        return QuadraticPenalty(precision, shift, self.residual)
+
+    def add_gradient_(self, parameters: Mapping[str, Tensor], strength: float) -> None:
+        r"""Add :math:`\lambda (\Lambda \theta - \eta)` to the gradients of parameters, in place.
+
+        Args:
+            parameters: Some of the parameters that are penalised, by name; a missing gradient counts as zero.
+            strength: :math:`\lambda`.
+        """
+        names = [name for name in self.precision if name in parameters]
+        with torch.no_grad():
+            weights = [parameters[name].detach() for name in names]
+            for name in names:
+                if parameters[name].grad is None:
+                    parameters[name].grad = torch.zeros_like(parameters[name])
+            grads = [gradient for name in names if (gradient := parameters[name].grad) is not None]
+            self._add_gradients_(grads, weights, names, strength)
+
+    def _add_gradients_(
+        self, grads: Sequence[Tensor], weights: Sequence[Tensor], names: Sequence[str], strength: float
+    ) -> None:
+        if not names:
+            return
+        torch._foreach_addcmul_(list(grads), [self.precision[name] for name in names], list(weights), value=strength)
+        torch._foreach_add_(list(grads), [self.shift[name] for name in names], alpha=-strength)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and numbers."""
+        return {"precision": dict(self.precision), "shift": dict(self.shift), "residual": self.residual}
+
+    @classmethod
+    def from_state_dict(cls, state_dict: dict[str, Any]) -> QuadraticPenalty:
+        """Return what `state_dict` was taken of."""
+        return cls(dict(state_dict["precision"]), dict(state_dict["shift"]), float(state_dict["residual"]))
+
+
+def _sum(one: ParamDict, two: ParamDict, names: Sequence[str]) -> ParamDict:
+    return {
+        name: one[name] + two[name] if name in one and name in two else one[name] if name in one else two[name]
+        for name in names
+    }
