@@ -13,6 +13,7 @@ import inspect
 import math
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -21,6 +22,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.trainer.states import RunningStage
@@ -180,6 +182,12 @@ def reload_loaders(trainer: Any) -> None:
     set_reloads_every(trainer, 1)
     trainer.fit_loop._last_train_dl_reload_epoch = float("-inf")
     trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
+
+
+def drop_early_loaders(trainer: Any) -> None:
+    """Forget the loaders of which optimizers asked the length, where a checkpoint is loaded only after that (FSDP)."""
+    if trainer.strategy.restore_checkpoint_after_setup:
+        trainer.fit_loop._combined_loader = None
 
 
 def reloads_every(trainer: Any) -> int:
@@ -521,20 +529,24 @@ def require_visible_gradients(trainer: Any, who: str) -> None:
         )
 
 
+def loss_scale(trainer: Any) -> float:
+    """Return the factor by which a GradScaler lifts the loss out of the rounding of half precision; 1 without one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
 def gradient_scale(trainer: Any, optimizer: Any) -> float:
     """Return the factor of the gradients in ``on_before_optimizer_step``.
 
     It is 1, but with a GradScaler and an optimizer that unscales by itself, as fused ones do.
     """
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return 1.0
-    return float(scaler.get_scale())
+    return loss_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
 
 
-def log_every(trainer: Any) -> int:
-    """Return the Trainer's ``log_every_n_steps``."""
-    return int(trainer.log_every_n_steps)
+def logs_now(trainer: Any) -> bool:
+    """Whether the Trainer gives to its loggers what is logged in this ``on_train_batch_end``."""
+    accumulates = trainer.lightning_module.automatic_optimization and trainer.fit_loop._should_accumulate()
+    return bool(trainer._logger_connector.should_update_logs and not accumulates)
 
 
 def all_sum(trainer: Any) -> Callable[[Tensor], Tensor]:
@@ -555,22 +567,56 @@ def train_data(trainer: Any, *, num_samples: int | None = None) -> DataLoader[An
 
     Args:
         trainer: A Trainer inside ``fit``.
-        num_samples: The number of samples over all processes, spread evenly over the data; all when ``None``.
+        num_samples: The number of samples over all processes, spread evenly over the data; all when ``None``, and as
+            many as are trained in a ``fast_dev_run``.
     """
     loader = train_loader(trainer)
     size = require_num_samples(loader.dataset)
-    chosen = range(size) if num_samples is None else [place * size // num_samples for place in range(num_samples)]
+    limits = [size, *([] if num_samples is None else [num_samples])]
+    if fast_dev_run(trainer):
+        limits.append(fast_dev_run(trainer) * (loader.batch_size or 1) * trainer.world_size)
+    chosen = [place * size // min(limits) for place in range(min(limits))]
     return in_order(loader, chosen[trainer.global_rank :: trainer.world_size])
+
+
+@functools.cache
+def _internal_attributes() -> frozenset[str]:
+    return frozenset(vars(LightningModule()))
+
+
+@contextmanager
+def _attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Give ``module`` back what its own code keeps in attributes, as counters and lists of outputs."""
+    internal, saved = _internal_attributes(), []
+    for one in module.modules():
+        own = {name: value for name, value in vars(one).items() if name not in internal}
+        collections = [
+            (value, copy.copy(value)) for value in own.values() if isinstance(value, list | deque | dict | set)
+        ]
+        saved.append((vars(one), own, collections))
+    try:
+        yield
+    finally:
+        for attributes, own, collections in saved:
+            for name in attributes.keys() - own.keys() - internal:
+                del attributes[name]
+            attributes.update(own)
+            for value, before in collections:
+                value.clear()
+                value.extend(before) if isinstance(value, list | deque) else value.update(before)
 
 
 @contextmanager
 def without_trace(module: Any) -> Iterator[None]:
-    """Call ``training_step`` with nothing logged, and metrics, buffers and the random state as before afterwards."""
+    """Call ``training_step`` with nothing logged, and all that the module keeps as before afterwards.
+
+    That is its metrics, buffers and plain attributes, and the random state.
+    """
     own = vars(module).get("log")
     _observing.append(module)
     module.log = lambda *args, **kwargs: None
     try:
-        with random_state_kept(), _metrics_kept(module), _buffers_kept(module):
+        with random_state_kept(), _attributes_kept(module), _metrics_kept(module), _buffers_kept(module):
             yield
     finally:
         _observing.pop()
@@ -583,7 +629,8 @@ def without_trace(module: Any) -> Iterator[None]:
 def training_loss(trainer: Any, batch: Any) -> Tensor:
     """Return the loss of ``training_step`` for a batch on the device; to be called `without_trace`."""
     module = trainer.lightning_module
-    arguments = (batch, 0) if len(inspect.signature(module.training_step).parameters) > 1 else (batch,)
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    arguments = (batch, 0) if takes_index else (batch,)
     with trainer.precision_plugin.train_step_context():
         return loss_of(module.training_step(*arguments))
 

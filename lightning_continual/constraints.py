@@ -50,11 +50,12 @@ class QuadraticPenalty:
 
     @classmethod
     def around(cls, anchor: Mapping[str, Tensor], precision: Mapping[str, Tensor]) -> QuadraticPenalty:
-        r"""Return :math:`\tfrac12 \sum_i \Lambda_i (\theta_i - \theta^*_i)^2` around an anchor :math:`\theta^*`."""
-        return cls(
-            {name: value.detach().clone() for name, value in precision.items()},
-            {name: value.detach() * anchor[name].detach() for name, value in precision.items()},
-        )
+        r"""Return :math:`\tfrac12 \sum_i \Lambda_i (\theta_i - \theta^*_i)^2` around an anchor :math:`\theta^*`.
+
+        In single precision at least: half precision would not hold what one task adds to many.
+        """
+        precise = {name: _precise(value.detach()).clone() for name, value in precision.items()}
+        return cls(precise, {name: value * _precise(anchor[name].detach()) for name, value in precise.items()})
 
     def __bool__(self) -> bool:
         return bool(self.precision)
@@ -118,14 +119,12 @@ class QuadraticPenalty:
                     f"Parameter {name!r} is penalised, but the module has it no more. Restore into a module of the same"
                     " architecture, or begin anew without the callback's state."
                 )
-            if new.shape[1:] != old.shape[1:] or new.ndim != old.ndim or len(new) < len(old):
+            if new.shape[1:] != old.shape[1:] or new.ndim != old.ndim or new.shape[:1] < old.shape[:1]:
                 raise ValueError(
                     f"Parameter {name!r} is penalised with shape {tuple(old.shape)}, but has shape {tuple(new.shape)}."
                     " Only rows (outputs) may be added. Restore into a module of the same architecture."
                 )
-            rows = () if new.ndim == 0 else (0, 0) * (new.ndim - 1) + (0, len(new) - len(old))
-            precision[name] = pad(old, rows).to(new.device) if rows else old.to(new.device)
-            shift[name] = pad(self.shift[name], rows).to(new.device) if rows else self.shift[name].to(new.device)
+            precision[name], shift[name] = (_grown(value, new) for value in (old, self.shift[name]))
         return QuadraticPenalty(precision, shift, self.residual)
 
     def add_gradient_(self, parameters: Mapping[str, Tensor], strength: float) -> None:
@@ -136,21 +135,16 @@ class QuadraticPenalty:
             strength: :math:`\lambda`.
         """
         names = [name for name in self.precision if name in parameters]
-        with torch.no_grad():
-            weights = [parameters[name].detach() for name in names]
-            for name in names:
-                if parameters[name].grad is None:
-                    parameters[name].grad = torch.zeros_like(parameters[name])
-            grads = [gradient for name in names if (gradient := parameters[name].grad) is not None]
-            self._add_gradients_(grads, weights, names, strength)
-
-    def _add_gradients_(
-        self, grads: Sequence[Tensor], weights: Sequence[Tensor], names: Sequence[str], strength: float
-    ) -> None:
         if not names:
             return
-        torch._foreach_addcmul_(list(grads), [self.precision[name] for name in names], list(weights), value=strength)
-        torch._foreach_add_(list(grads), [self.shift[name] for name in names], alpha=-strength)
+        with torch.no_grad():
+            grads = [_dense_gradient(parameters[name]) for name in names]
+            # The difference first: it is zero at the anchor, and leaves the digits of the gradient alone.
+            difference = torch._foreach_mul(
+                [self.precision[name] for name in names], [parameters[name].detach() for name in names]
+            )
+            torch._foreach_sub_(difference, [self.shift[name] for name in names])
+            torch._foreach_add_(grads, difference, alpha=strength)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and numbers."""
@@ -160,6 +154,25 @@ class QuadraticPenalty:
     def from_state_dict(cls, state_dict: dict[str, Any]) -> QuadraticPenalty:
         """Return what `state_dict` was taken of."""
         return cls(dict(state_dict["precision"]), dict(state_dict["shift"]), float(state_dict["residual"]))
+
+
+def _precise(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _grown(value: Tensor, like: Tensor) -> Tensor:
+    """Return ``value`` on the device of ``like``, with zeros for its new rows."""
+    if value.shape != like.shape:
+        value = pad(value, (0, 0) * (like.ndim - 1) + (0, len(like) - len(value)))
+    return value.to(like.device)
+
+
+def _dense_gradient(parameter: Tensor) -> Tensor:
+    """Return the gradient of ``parameter`` to add to in place: zeros if it has none."""
+    gradient = parameter.grad
+    if gradient is None or gradient.is_sparse:
+        parameter.grad = gradient = torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
+    return gradient
 
 
 def _sum(one: ParamDict, two: ParamDict, names: Sequence[str]) -> ParamDict:

@@ -18,20 +18,24 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import ConcatDataset, TensorDataset
 from tqdm.auto import tqdm
 
 from lightning_continual._extras import require
-from lightning_continual.callbacks import AccuracyMatrixCallback, CostCallback, RehearsalCallback
+from lightning_continual.callbacks import AccuracyMatrixCallback, CostCallback, EWCCallback, RehearsalCallback
 from lightning_continual.data import ContinualDataModule
 from lightning_continual.metrics import average_accuracy, forgetting
 from lightning_continual.report import matrix_figure
 from lightning_continual.stream import TaskStream
-from lightning_continual.tasks import split_by_class
+from lightning_continual.tasks import Task, split_by_class
 
+FROM_SCRATCH = "from scratch"
 METHODS: dict[str, Callable[[], list[L.Callback]]] = {
     "fine-tuning": list,
+    "EWC": lambda: [EWCCallback(strength=1000.0)],
     "rehearsal": lambda: [RehearsalCallback(memory=200)],
+    "rehearsal + EWC": lambda: [RehearsalCallback(memory=200), EWCCallback(strength=10.0)],
+    FROM_SCRATCH: lambda: [_NewWeights()],
 }
 """The methods that the demo compares, by name: what they add to a Trainer."""
 
@@ -153,6 +157,15 @@ def run_demo(folder: Path, *, num_seeds: int = 3, resume: bool = False) -> str:
     return f"{_table(results)}\n\nMatrices: {picture}\nResults:  {runs}"
 
 
+class _NewWeights(L.Callback):
+    """Begins every task with new weights."""
+
+    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
+        for module in pl_module.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+
+
 class _Progress(L.Callback):
     """Moves the demo's bar by one a task."""
 
@@ -180,8 +193,13 @@ def _run(folder: Path, method: str, seed: int, bar: Any) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    data: ContinualDataModule = DigitsDataModule(seed=seed)
+    if method == FROM_SCRATCH:
+        seen = [data.tasks[: task + 1] for task in range(data.num_tasks)]
+        tasks = [Task(ConcatDataset([one.train for one in past]), test=past[-1].test) for past in seen]
+        data = ContinualDataModule(tasks, data.batch_size, seed=seed)
     ckpt_path = str(last) if last.exists() else None
-    trainer.fit(DigitsClassifier(), datamodule=DigitsDataModule(seed=seed), ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(DigitsClassifier(), datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     R = matrix.matrix.compute()
     result = {
         "accuracy": average_accuracy(R).item(),
@@ -197,11 +215,16 @@ def _run(folder: Path, method: str, seed: int, bar: Any) -> dict[str, Any]:
 
 
 def _table(results: dict[str, list[dict[str, Any]]]) -> str:
-    lines = [f"{'':<14} {'accuracy, %':>14} {'forgetting, %':>14} {'samples':>9} {'seconds':>9}"]
+    """Return means over seeds; samples and seconds are those of the whole stream."""
+    lines = [
+        f"{'':<16} {'accuracy, %':>14} {'forgetting, %':>14} {'samples':>9} {'of from scratch':>16} {'seconds':>8}"
+    ]
+    scratch = statistics.mean(run["samples"] for run in results[FROM_SCRATCH])
     for method, runs in results.items():
-        shares = [_mean([100 * run[name] for run in runs]) for name in ("accuracy", "forgetting")]
+        accuracy, forgotten = (_mean([100 * run[name] for run in runs]) for name in ("accuracy", "forgetting"))
         samples, seconds = (statistics.mean(run[name] for run in runs) for name in ("samples", "seconds"))
-        lines.append(f"{method:<14} {shares[0]:>14} {shares[1]:>14} {samples:>9,.0f} {seconds:>9.1f}")
+        share = samples / scratch
+        lines.append(f"{method:<16} {accuracy:>14} {forgotten:>14} {samples:>9,.0f} {share:>16.2f} {seconds:>8.1f}")
     return "\n".join(lines)
 
 
@@ -212,8 +235,10 @@ def _mean(values: list[float]) -> str:
 def _draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.8 * len(results), 4.4), layout="constrained")
-    for ax, (method, runs) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+    figure = Figure(figsize=(4.8 * 3, 4.4 * 2), layout="constrained")
+    *axes, last = figure.subplots(2, 3).flat
+    last.set_axis_off()
+    for ax, (method, runs) in zip(axes, results.items(), strict=True):
         R = torch.tensor([run["matrix"] for run in runs]).mean(dim=0)
         matrix_figure(R, title=method, ax=ax)
     figure.savefig(path, dpi=150)
@@ -221,13 +246,15 @@ def _draw(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what Lightning tells about devices and loaders."""
+    """Silence what Lightning tells about devices and loaders, and use one thread: a small network is slower on more."""
     logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
+    level, threads = logger.level, torch.get_num_threads()
     logger.setLevel(logging.ERROR)
+    torch.set_num_threads(1)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             yield
     finally:
         logger.setLevel(level)
+        torch.set_num_threads(threads)

@@ -98,6 +98,9 @@ class TaskStream(L.Callback):
     The boundary comes after every other callback's ``on_train_epoch_end`` and before checkpoints are saved. The stream
     moves itself to that place in the Trainer's list.
 
+    A fit that ends inside an epoch (an exception, ``trainer.should_stop``) does not end the task: the next ``fit`` of
+    the same Trainer trains that epoch anew, or, with ``steps_per_task``, the steps that are left.
+
     Args:
         epochs_per_task: Epochs over each task's data. The Trainer's own ``max_epochs`` can be left out.
         steps_per_task: Instead of epochs, optimizer steps (``accumulate_grad_batches`` batches each) a task; the last
@@ -210,6 +213,7 @@ class TaskStream(L.Callback):
                 " new ones."
             )
         data.current_task = self._task
+        _host.drop_early_loaders(trainer)
         self._set_end(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -371,7 +375,10 @@ class TaskStream(L.Callback):
         _host.set_limits(trainer, *self._limits)
 
     def _batches_of_task(self, trainer: L.Trainer) -> int | None:
-        return None if self.steps_per_task is None else self.steps_per_task * trainer.accumulate_grad_batches
+        """Return the number of batches of a task, or ``None`` where it has a number of epochs."""
+        if self.steps_per_task is None or _host.fast_dev_run(trainer):
+            return None
+        return self.steps_per_task * trainer.accumulate_grad_batches
 
     def _batches_left(self, trainer: L.Trainer) -> int | None:
         batches = self._batches_of_task(trainer)
@@ -413,8 +420,8 @@ class TaskEarlyStopping(L.Callback):
     """Ends a task, not the stream, when a metric has stopped improving.
 
     Asked once at the end of every epoch in which validation has run (every epoch, if there is none). What it
-    remembers begins anew with every task. A run resumed from a checkpoint of an epoch's last batch does not count this
-    epoch: Lightning does not validate it.
+    remembers begins anew with every task. Under several processes the metric is averaged over them. A run resumed from
+    a checkpoint of an epoch's last batch does not count this epoch: Lightning does not validate it.
 
     Args:
         monitor: The key of a metric that the module logs with ``self.log``, in validation or over a training epoch.

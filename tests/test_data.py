@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_processes_together_see_batch_by_batch_what_one_sees_with_larger_batches
     ]
     assert len({len(part) for part in parts}) == 1
     assert len({len(part[-1]) for part in parts}) == 1
-    order = sum(whole, [])
+    order = list(chain(*whole))
     repeated = (order * world_size)[number : number + -number % world_size]
     for position, batch in enumerate(whole):
         union = [part[position] for part in parts]
@@ -216,7 +217,7 @@ def test_the_loaders_of_training_and_validation_serve_one_task_after_another(
     for served in (recorder.trained, recorder.validated):
         assert [task for task, _, _ in served] == [0] * 4 + [1] * 4 + [2] * 2
         for epoch, number in enumerate([8, 8, 6, 6, 4, 4]):
-            seen = sum((sample for _, when, sample in served if when == epoch), [])
+            seen = list(chain(*(sample for _, when, sample in served if when == epoch)))
             assert sorted(seen) == [1000 * (epoch // 2) + sample for sample in range(number)]
 
 
@@ -242,7 +243,9 @@ def test_two_processes_train_on_what_one_does_in_order(trainer: Callable[..., L.
             assert own == [(0, first[0]), (0, first[1]), (1, second[0]), (1, second[1])]
 
     data = ContinualDataModule(make_tasks([8, 5]), batch_size=2, shuffle=False)
-    trainer(Check(), TaskStream(), strategy="ddp_fork", devices=2, limit_val_batches=0).fit(Classifier(), datamodule=data)
+    trainer(Check(), TaskStream(), strategy="ddp_fork", devices=2, limit_val_batches=0).fit(
+        Classifier(), datamodule=data
+    )
 
 
 def test_two_processes_shuffle_alike_and_anew_in_every_epoch(trainer: Callable[..., L.Trainer]) -> None:
@@ -255,13 +258,15 @@ def test_two_processes_shuffle_alike_and_anew_in_every_epoch(trainer: Callable[.
             assert self.trained == expected
 
     data = ContinualDataModule(make_tasks([8, 12]), batch_size=2)
-    trainer(Check(), TaskStream(2), strategy="ddp_fork", devices=2, limit_val_batches=0).fit(Classifier(), datamodule=data)
+    trainer(Check(), TaskStream(2), strategy="ddp_fork", devices=2, limit_val_batches=0).fit(
+        Classifier(), datamodule=data
+    )
 
 
 def test_an_ordered_stream_stays_in_order_with_a_task_each_fit_too(trainer: Callable[..., L.Trainer]) -> None:
     class Check(Recorder):
         def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            assert sum((sample for _, _, sample in self.trained), []) == list(range(trainer.global_rank, 8, 2)) * 2
+            assert list(chain(*(sample for _, _, sample in self.trained))) == list(range(trainer.global_rank, 8, 2)) * 2
 
     data = ContinualDataModule(make_tasks([8]), batch_size=2, shuffle=False)
     fit = trainer(Check(), strategy="ddp_fork", devices=2, max_epochs=2, limit_val_batches=0)
@@ -399,7 +404,7 @@ def test_held_out_samples_are_disjoint_from_training_and_always_the_same(fractio
         found = []
         for data.current_task in range(2):
             loaders = data.train_dataloader(), data.val_dataloader()
-            found.append(tuple(sum(numbers_of(loader), []) for loader in loaders))
+            found.append(tuple(list(chain(*numbers_of(loader))) for loader in loaders))
         return found
 
     for train, val in parts():
@@ -500,7 +505,7 @@ def test_a_task_outside_the_stream_is_refused() -> None:
 
 def test_a_checkpoint_of_a_longer_stream_is_refused() -> None:
     data = ContinualDataModule([Task(counting(0, 4))] * 2)
-    with pytest.raises(ValueError, match="is in task 2, but the stream has 2 tasks. Resume with the tasks"):
+    with pytest.raises(ValueError, match=r"is in task 2, but the stream has 2 tasks. Resume with the tasks"):
         data.load_state_dict({"current_task": 2, "epoch": 0, "batches": 0, "batches_left": -1})
 
 
@@ -512,7 +517,7 @@ def test_a_fraction_that_leaves_nothing_to_train_on_is_refused() -> None:
 
 def test_nothing_can_be_held_out_of_an_iterable_data_set() -> None:
     data = ContinualDataModule([Task(Stream(4))], val_fraction=0.5)
-    with pytest.raises(ValueError, match="needs data sets with a length, but task 0 is an iterable one. Pass `val=`"):
+    with pytest.raises(ValueError, match=r"needs data sets with a length, but task 0 is an iterable one. Pass `val=`"):
         data.train_dataloader()
 
 

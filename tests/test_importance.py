@@ -48,12 +48,13 @@ class Residual(nn.Module):
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embedding = nn.Embedding(9, 5, padding_idx=-1)
+        self.embedding = nn.Embedding(9, 5)
         self.rnn = nn.LSTM(5, 6, batch_first=True)
         self.head = nn.Linear(6, 4)
 
     def forward(self, x):
-        return self.head(self.rnn(self.embedding(x))[0][:, -1])
+        x = F.embedding(x, self.embedding.weight, padding_idx=-1)
+        return self.head(self.rnn(x)[0][:, -1])
 
 
 class TiedTransformer(nn.Module):
@@ -94,6 +95,20 @@ class Attentive(nn.Module):
         return self.head(self.rms(x.flatten(0, 1))).unflatten(0, (-1, 5)).mean(1)  # rows (B * T, 8)
 
 
+class Frames(nn.Module):
+    """Samples of several images each."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(2, 4, 3)
+        self.norm = nn.GroupNorm(2, 4)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = torch.tanh(self.norm(self.convolution(x.flatten(0, 1)))).mean((2, 3))
+        return self.head(x).unflatten(0, (-1, 3)).mean(1)
+
+
 class Odd(nn.Module):
     """A parametrised layer, a bare parameter, a layer never used, and a frozen one."""
 
@@ -130,6 +145,7 @@ MODELS = {
     "tied transformer": lambda: (TiedTransformer(), torch.randint(9, (7, 5))),
     "tied transformer, sequence first": lambda: (TiedTransformer(False), torch.randint(9, (7, 5))),
     "attention by linear layers": lambda: (Attentive(), torch.randint(9, (7, 5))),
+    "frames": lambda: (Frames(), rows(3, 2, 5, 5)),
     "odd": lambda: (Odd(), rows(6)),
     "depthwise": lambda: convolutions(
         nn.Conv2d(4, 8, 3, groups=4), nn.Tanh(), nn.Conv2d(8, 8, 2, groups=8), shape=(4, 6, 5)
@@ -297,6 +313,30 @@ def test_a_dimension_as_long_as_the_batch_is_not_taken_for_it(size):
     assert_close(empirical_fisher(model, loss, batches_of(size, x, y)), expected)
 
 
+def test_rows_that_are_ordered_by_time_first_are_not_taken_for_samples():
+    class Interleaved(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (3, -1)).mean(0)
+
+    torch.manual_seed(0)
+    model, x, y = Interleaved(6, 4).double(), rows(3, 6), torch.randint(4, (7,))
+    nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)  # uniform predictions
+    assert_close(exact_fisher(model, [x]), oracles.exact_fisher(model, batches_of(1, x)))
+    expected = oracles.empirical_fisher(model, cross_entropy(model), batches_of(1, x, y))
+    assert_close(empirical_fisher(model, cross_entropy(model), [(x, y)]), expected)
+
+
+def test_a_batch_in_which_samples_lose_their_rows_is_served(small):
+    model, x, y = small
+
+    def loss(batch):
+        padded = F.pad(batch[0], (0, 0, 0, 1)) if len(batch[0]) == 2 else batch[0]
+        return F.cross_entropy(model(padded)[: len(batch[0])], batch[1])
+
+    expected = oracles.empirical_fisher(model, loss, batches_of(1, x, y))
+    assert_close(empirical_fisher(model, loss, batches_of(5, x, y)), expected)
+
+
 def test_layers_that_are_called_for_some_batches_only_are_served(small):
     model, x, y = small
     extra = nn.Linear(4, 4).double()
@@ -418,8 +458,9 @@ def test_under_autocast_gradients_are_squared_in_the_parameters_type(small):
             return cross_entropy(model)(batch)
 
     expected = empirical_fisher(model, cross_entropy(model), [(x, y)])
+    found = empirical_fisher(model, loss, [(x, y)])
     with torch.autocast("cpu", torch.bfloat16):
-        found = empirical_fisher(model, loss, [(x, y)])
+        assert_close(empirical_fisher(model, loss, [(x, y)]), found, rtol=0, atol=0)
     for name, value in expected.items():
         assert found[name].dtype == torch.float32
         # Two products in bfloat16 (precision 1/256) make the gradient, and it is squared.
@@ -460,6 +501,20 @@ def test_a_batch_may_be_a_dictionary_with_strings():
     expected = oracles.empirical_fisher(model, cross_entropy(model), batches_of(1, x, y))
     found = empirical_fisher(model, lambda batch: F.cross_entropy(model(batch["x"]), batch["label"][0]), batches)
     assert_close(found, expected)
+
+
+def test_an_embedding_with_sparse_gradients_gives_what_one_with_dense_gradients_gives():
+    torch.manual_seed(0)
+    x, y = torch.randint(9, (7, 5)), torch.randint(4, (7,))
+    table = nn.Embedding(9, 5, sparse=True)
+    module = nn.ModuleDict({"table": table, "head": nn.Linear(5, 4)}).double()
+
+    def loss(batch):
+        return F.cross_entropy(module["head"](table(batch[0]).sum(1)), batch[1])
+
+    found = empirical_fisher(module, loss, [(x, y)])
+    table.sparse = False
+    assert_close(found, oracles.empirical_fisher(module, loss, batches_of(1, x, y)))
 
 
 def test_logits_may_be_had_from_batches_of_any_structure(small):
@@ -513,7 +568,7 @@ def state(model):
     modes = [(name, module.training) for name, module in model.named_modules()]
     flags = [(name, p.requires_grad, id(p)) for name, p in model.named_parameters()]
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
-    backends = [torch.backends.cudnn.enabled, torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled()]
+    backends = [torch.backends.cudnn.enabled, torch.is_grad_enabled()]
     tensors = [p.grad for p in model.parameters()] + [t.clone() for t in model.state_dict().values()]
     rng = [torch.get_rng_state(), torch.tensor(random.getstate()[1]), torch.tensor(np.random.get_state()[1])]
     return [modes, flags, hooks, backends], [None if t is None else t.clone() for t in tensors + rng]
@@ -575,15 +630,38 @@ def test_nothing_but_the_result_tells_that_it_was_computed(disturbable, estimate
     assert_same_state(state(model), before)
 
 
-def test_parameters_used_outside_of_known_layers_are_named_once(caplog):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # which have kernels of their own
+def test_parameters_used_outside_of_known_layers_are_named_once(caplog, dtype):
     torch.manual_seed(0)
-    model = Recurrent().double()
+    model = Recurrent().to(dtype)
     x, y = torch.randint(9, (6, 5)), torch.randint(4, (6,))
     with caplog.at_level(logging.INFO, "lightning_continual"):
         empirical_fisher(model, cross_entropy(model), batches_of(2, x, y))
     assert caplog.messages == [
         "Gradients of single samples: by vmap for rnn.bias_hh_l0, rnn.bias_ih_l0, rnn.weight_hh_l0, rnn.weight_ih_l0;"
         " by closed forms for the others."
+    ]
+
+
+def test_recurrent_layers_run_without_cudnn_which_has_no_backward_pass_in_evaluation_mode():
+    model, seen = Recurrent(), []
+
+    def loss(batch):
+        seen.append(torch.backends.cudnn.enabled)
+        return cross_entropy(model)(batch)
+
+    empirical_fisher(model, loss, [(torch.randint(9, (2, 5)), torch.randint(4, (2,)))])
+    assert not any(seen)
+    assert torch.backends.cudnn.enabled
+
+
+def test_layers_in_which_the_samples_come_second_are_served(caplog):
+    torch.manual_seed(0)
+    model, x, y = Attentive().double(), torch.randint(9, (7, 5)), torch.randint(4, (7,))
+    with caplog.at_level(logging.INFO, "lightning_continual"):
+        empirical_fisher(model, cross_entropy(model), [(x, y)])
+    assert caplog.messages == [
+        "Gradients of single samples: by vmap for places.weight; by closed forms for the others."
     ]
 
 

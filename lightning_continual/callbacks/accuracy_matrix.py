@@ -27,8 +27,9 @@ class AccuracyMatrixCallback(ContinualCallback):
     random state, metrics and what is logged in the fit stay as they were.
 
     To every logger go ``{monitor}/task_{j}`` for each task and the numbers of `AccuracyMatrix.summary`
-    (``{monitor}/average_accuracy``, ...); to W&B also a table and a heat map ``{monitor}/matrix``; to TensorBoard the
-    heat map. When the fit ends, the matrix is printed.
+    (``{monitor}/average_accuracy``, ...); to W&B also a table ``{monitor}/matrix`` and a heat map
+    ``{monitor}/matrix_plot``; to TensorBoard the heat map ``{monitor}/matrix``. When the fit ends, the matrix is
+    printed.
 
     Args:
         monitor: The key under which ``validation_step`` (or ``on_validation_epoch_end``) logs the score.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -11,12 +11,14 @@ import lightning.pytorch as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from lightning_continual import _host
+from lightning_continual import _batch, _host
+from lightning_continual._datasets import require_num_samples
 from lightning_continual.constraints import QuadraticPenalty
 from lightning_continual.data import seed_of
 from lightning_continual.importance import batched_fisher, empirical_fisher, exact_fisher, sampled_fisher
-from lightning_continual.parameters import ParamDict, trainable
+from lightning_continual.parameters import ParamDict, evaluating, trainable
 from lightning_continual.stream import ContinualCallback
 
 Kind: TypeAlias = Literal["empirical", "exact", "sampled", "batched"]
@@ -35,20 +37,23 @@ class EWCCallback(ContinualCallback):
     The penalty's gradient is added to ``p.grad`` before the optimizer's step, where gradients are unscaled,
     accumulated and reduced, and not yet clipped: the step is that of a penalty written into the loss, for any
     optimizer, precision and strategy. All tasks together cost two tensors a weight. In the last step of an epoch with
-    fewer batches than ``accumulate_grad_batches``, too, the penalty has its full strength.
+    fewer batches than ``accumulate_grad_batches``, too, the penalty has its full strength. A step for which
+    ``training_step`` returned ``None`` stays without one. As ``ewc/penalty`` the penalty, times λ, is logged after
+    the step.
 
     Args:
         strength: λ. 0 does nothing.
         fisher: ``"empirical"`` (the labels of the data; any loss), ``"exact"`` (the expectation over the labels of a
             classifier), ``"sampled"`` (one label drawn from the model), ``"batched"`` (squares of batch means, for
-            comparison only), or a function of module and batches that returns one tensor a parameter.
+            comparison only), or a function of module and batches that returns one tensor a parameter, a mean over
+            samples; it is called in evaluation mode, on each process's share of the data, and averaged over processes.
         decay: γ in (0, 1], by which the old penalty fades at each boundary:
             :math:`\Lambda \leftarrow \gamma\Lambda + F`.
         online: Whether the whole penalty moves to the latest weights (Schwarz et al.), instead of each task's staying
             at its own.
         num_samples: Samples of the training data for the Fisher information, over all processes; all by default.
-        loss: For a module whose ``training_step`` cannot be called alone (manual optimization): returns the loss of
-            module and batch.
+        loss: For a module whose ``training_step`` cannot be called alone (manual optimization), or is not a mean over
+            samples: returns the loss of module and batch, a mean, or one loss a sample ``(B,)``.
         logits: For ``"exact"`` and ``"sampled"``: returns the logits ``(B, C)`` of module and batch; by default the
             module's output for the first part of the batch.
         parameters: Patterns of the names of parameters to hold, as ``"backbone.*"``; those frozen are left out.
@@ -56,7 +61,8 @@ class EWCCallback(ContinualCallback):
     Raises:
         ValueError: If an argument lies outside its range; if the Fisher information is not finite (the parameter and
             the batch are named, and the old penalty stands); if a penalised parameter is gone or of another shape.
-        MisconfigurationException: If the strategy hides gradients, or the module needs ``loss``.
+        MisconfigurationException: If the strategy hides gradients, the module needs ``loss``, or the optimizer
+            searches along a line.
 
     Example:
         >>> EWCCallback(strength=100.0).penalty
@@ -101,13 +107,14 @@ class EWCCallback(ContinualCallback):
         self.logits = logits
         self.parameters = [parameters] if isinstance(parameters, str) else list(parameters)
         self.penalty = QuadraticPenalty()
-        self._held: dict[int, ParamDict] = {}  # by optimizer: its parameters that are penalised
+        self._is_checked = False  # in this fit
 
     # --- During training ----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that gradients can be seen, and the loss computed."""
         super().setup(trainer, pl_module, stage)
+        self._is_checked = False
         if stage != "fit" or self.strength == 0:
             return
         _host.require_visible_gradients(trainer, type(self).__name__)
@@ -118,17 +125,33 @@ class EWCCallback(ContinualCallback):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Fit what is known to the module as it stands."""
-        self._fit_to(pl_module)
+        """Fit what is known to the module as it stands, and check that its data can be read anew."""
+        if self.strength > 0:
+            self._fit_to(pl_module)
+            names = [name for name, _ in pl_module.named_parameters()]
+            for pattern in self.parameters:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise ValueError(f"`parameters` has the pattern {pattern!r}, which names no parameter of {names}.")
+            _host.train_data(trainer)
+            if any(group.get("line_search_fn") for one in trainer.optimizers for group in one.param_groups):
+                raise MisconfigurationException(
+                    "`EWCCallback` adds to gradients, but a line search compares losses. Leave `line_search_fn` out."
+                )
         super().on_train_start(trainer, pl_module)
 
-    def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
-        """Forget old optimizers; a head may have grown, too."""
-        self._held.clear()
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Try on two samples before the first step what else would fail after the last."""
+        if self.strength > 0 and not self._is_checked and not callable(self.fisher):
+            if self.fisher != "batched":
+                leaves, rebuild = _batch.flatten(batch)
+                batch = rebuild([leaf[:2] for leaf in leaves])
+            self._estimate(trainer, pl_module, [batch], task=0)
+        self._is_checked = True
 
     def _fit_to(self, pl_module: L.LightningModule) -> None:
         self.penalty = self.penalty.aligned_with(dict(pl_module.named_parameters()))
-        self._held.clear()
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -136,22 +159,18 @@ class EWCCallback(ContinualCallback):
         """Add the penalty's gradient."""
         if self.strength == 0 or not self.penalty:
             return
-        if id(optimizer) not in self._held:
-            if not self._held:
-                self._fit_to(pl_module)
-            own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            self._held[id(optimizer)] = {
-                name: parameter
-                for name, parameter in trainable(pl_module).items()
-                if id(parameter) in own and name in self.penalty.precision
-            }
-        self.penalty.add_gradient_(self._held[id(optimizer)], self.strength * _host.gradient_scale(trainer, optimizer))
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        parameters = {name: one for name, one in trainable(pl_module).items() if id(one) in own}
+        if all(one.grad is None for one in parameters.values()):
+            return  # `training_step` returned `None`: nothing is to move
+        self._fit_to(pl_module)  # a head may have grown
+        self.penalty.add_gradient_(parameters, self.strength * _host.gradient_scale(trainer, optimizer))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the penalty, as often as the Trainer logs."""
-        if self.strength == 0 or not self.penalty or trainer.global_step % max(_host.log_every(trainer), 1):
+        if self.strength == 0 or not self.penalty or not _host.logs_now(trainer):
             return
         value = self.strength * self.penalty.value(dict(pl_module.named_parameters()))
         pl_module.log("ewc/penalty", value, on_step=True, on_epoch=False)
@@ -163,20 +182,21 @@ class EWCCallback(ContinualCallback):
         if self.strength == 0:
             return
         self._fit_to(pl_module)
-        estimated = self._estimate(trainer, pl_module, task)
+        estimated = self._estimate(trainer, pl_module, self._batches(trainer, task), task)
         parameters = trainable(pl_module)
-        held = [name for name in parameters if any(fnmatchcase(name, pattern) for pattern in self.parameters)]
-        if not held:
-            raise ValueError(f"`parameters={self.parameters}` names no trainable parameter of {list(parameters)}.")
-        fisher = {name: estimated[name] for name in held if name in estimated}
-        old = self.decay * self.penalty
+        fisher = {
+            name: value
+            for name, value in estimated.items()
+            if name in parameters and any(fnmatchcase(name, pattern) for pattern in self.parameters)
+        }
+        new = self.decay * self.penalty + QuadraticPenalty.around(parameters, fisher)
         if self.online:
-            both = old + QuadraticPenalty.around(parameters, fisher)
-            self.penalty = QuadraticPenalty.around(dict(pl_module.named_parameters()), both.precision)
-        else:
-            self.penalty = old + QuadraticPenalty.around(parameters, fisher)
+            new = QuadraticPenalty.around(dict(pl_module.named_parameters()), new.precision)
+        self.penalty = new
 
-    def _estimate(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> ParamDict:
+    def _estimate(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batches: Iterable[Any], task: int
+    ) -> ParamDict:
         def loss(batch: Any) -> Tensor:
             return _host.training_loss(trainer, batch) if self.loss is None else self.loss(pl_module, batch)
 
@@ -188,29 +208,51 @@ class EWCCallback(ContinualCallback):
 
         shares: dict[str, Any] = {"all_reduce": _host.all_sum(trainer)}
         with _host.without_trace(pl_module):
-            batches = self._batches(trainer, task)
             if callable(self.fisher):
-                estimated: ParamDict = self.fisher(pl_module, batches)
-            elif self.fisher == "exact":
-                estimated = exact_fisher(pl_module, batches, logits=logits, **shares)
-            elif self.fisher == "sampled":
-                seed = seed_of(task, "fisher", trainer.global_rank)
-                generator = torch.Generator().manual_seed(seed)
-                estimated = sampled_fisher(pl_module, batches, logits=logits, generator=generator, **shares)
-            elif self.fisher == "batched":
-                estimated = batched_fisher(pl_module, loss, batches, **shares)
-            else:
-                estimated = empirical_fisher(pl_module, loss, batches, **shares)
-        for name, value in estimated.items():
-            if not bool(value.isfinite().all()):
+                return self._call(self.fisher, trainer, pl_module, batches)
+            if self.fisher == "exact":
+                return exact_fisher(pl_module, batches, logits=logits, **shares)
+            if self.fisher == "sampled":
+                generator = torch.Generator().manual_seed(seed_of(task, "fisher", trainer.global_rank))
+                return sampled_fisher(pl_module, batches, logits=logits, generator=generator, **shares)
+            if self.fisher == "batched":
+                return batched_fisher(pl_module, loss, batches, **shares)
+            return empirical_fisher(pl_module, loss, batches, **shares)
+
+    def _call(
+        self,
+        fisher: Callable[[Any, Any], ParamDict],
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batches: Iterable[Any],
+    ) -> ParamDict:
+        """Call a user's function, check what it returns, and average over processes, each by its samples."""
+        with evaluating(pl_module):
+            found = fisher(pl_module, batches)
+        parameters = dict(pl_module.named_parameters())
+        for name, value in found.items():
+            if name not in parameters or parameters[name].shape != value.shape:
+                shape = tuple(parameters[name].shape) if name in parameters else "no parameter of this name"
                 raise ValueError(
-                    f"The importance of parameter {name!r} is not finite. Look for NaN in the task's data."
+                    f"`fisher` must return tensors by parameter name and of its shape, but got {name!r} of shape"
+                    f" {tuple(value.shape)}, where the module has {shape}."
                 )
-        return estimated
+            if not bool((value.isfinite() & (value >= 0)).all()):
+                raise ValueError(
+                    f"The importance of parameter {name!r} must be finite and not negative. Look for NaN in the task's"
+                    " data."
+                )
+        add = _host.all_sum(trainer)
+        own = torch.tensor(float(require_num_samples(self._data(trainer).dataset)), dtype=torch.float64)
+        share = float(own / add(own))
+        return {name: add(share * found[name].detach()) for name in parameters if name in found}
+
+    def _data(self, trainer: L.Trainer) -> DataLoader[Any]:
+        return _host.train_data(trainer, num_samples=self.num_samples)
 
     def _batches(self, trainer: L.Trainer, task: int) -> Iterator[Any]:
         """Yield batches of the task's training data on the device, with a progress bar."""
-        loader = _host.train_data(trainer, num_samples=self.num_samples)
+        loader = self._data(trainer)
         with _host.progress(trainer, _host.num_batches(loader), f"Fisher information of task {task}") as tick:
             for batch in loader:
                 yield _host.to_device(trainer, batch)

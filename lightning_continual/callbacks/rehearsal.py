@@ -10,7 +10,7 @@ import lightning.pytorch as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_continual import _batch, _host
 from lightning_continual._datasets import LABEL_KEYS, labels_of, num_samples, require_num_samples
@@ -32,8 +32,8 @@ class RehearsalCallback(ContinualCallback):
     :math:`p B` of its samples (rounded) are past ones, in the place of as many new ones. In the first task, and where
     the memory holds fewer, there are fewer past samples or none.
 
-    What the memory keeps is decided batch by batch in a task's first epoch, from the new samples only, so that nothing
-    is remembered twice. Only exemplars of *earlier* tasks are rehearsed.
+    What the memory keeps is decided batch by batch in a task's first epoch, from the new samples only (with those that
+    ``"replace"`` left out), so that nothing is remembered twice. Only exemplars of *earlier* tasks are rehearsed.
 
     Works with any batch: tensors, tuples, named tuples, lists, mappings, dataclasses, nested, and lists of strings.
     Under several processes each remembers its share of what it saw, ``memory`` being the capacity of all together.
@@ -51,8 +51,10 @@ class RehearsalCallback(ContinualCallback):
             that augmentation is drawn anew. Needs a `ContinualDataModule` of map-style data sets.
 
     Raises:
-        ValueError: If an argument lies outside its range, or a batch has nothing to index.
-        MisconfigurationException: If the module takes its batches past every hook, or a memory lacks what it needs.
+        ValueError: If an argument lies outside its range, a batch has nothing to index, or labels or features are
+            needed and not found.
+        MisconfigurationException: If the module takes its batches past every hook, or data that are to be read again
+            cannot be.
 
     Example:
         >>> rehearsal = RehearsalCallback(memory=500, proportion=0.25)
@@ -131,8 +133,6 @@ class RehearsalCallback(ContinualCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put rehearsal in front of the batch's way to the device."""
         self._parts = []
-        # After a fit that raised, a new Trainer counts from 0.
-        self._first_epoch = min(self._first_epoch, _host.epochs_processed(trainer))
         super().on_train_start(trainer, pl_module)
         if not self._is_neutral:
             owner = _host.batch_hook_owner(trainer)
@@ -142,8 +142,14 @@ class RehearsalCallback(ContinualCallback):
         """Rehearse what came before this task, and remember its first epoch."""
         self._task = task
         self._first_epoch = _host.epochs_processed(trainer)
-        if self._reads_again and not self._is_neutral:
-            self._loader(trainer)
+        if self._is_neutral or not self._reads_again:
+            return
+        # Try what the task's end will do, for it to fail now.
+        some = self._own_places(trainer)[:1]
+        if self.reload and self._needs_labels:
+            self._labels_at(trainer, pl_module, some)
+        elif not self.reload:
+            self._features_at(trainer, pl_module, some)
 
     def _join_past(self, trainer: L.Trainer, inner: Callable[..., Any], batch: Any, dataloader_idx: int) -> Any:
         batch = inner(batch, dataloader_idx)
@@ -193,14 +199,15 @@ class RehearsalCallback(ContinualCallback):
     def _remember_places(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
         own = self._own_places(trainer)
         places = torch.tensor(own, dtype=torch.int64)
-        labels = None
-        if self._needs_labels and self.label is None:
-            labels = labels_of(self._loader(trainer).dataset)[places]
-        elif self._needs_labels:
-            with _host.observing(pl_module):
-                found = [self._labels(batch, _batch.size(batch)) for batch in self._batches(trainer, own)]
-            labels = torch.cat([places[:0], *found])
+        labels = self._labels_at(trainer, pl_module, own) if self._needs_labels else None
         self.memory.add([places, torch.full_like(places, task)], task=task, labels=labels)
+
+    def _labels_at(self, trainer: L.Trainer, pl_module: L.LightningModule, places: Sequence[int]) -> Tensor:
+        if self.label is None:
+            return labels_of(Subset(self._loader(trainer).dataset, places))
+        with _host.observing(pl_module):
+            found = [self._labels(batch, _batch.size(batch)) for batch in self._batches(trainer, places)]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *found])
 
     def _read(self, trainer: L.Trainer, past: list[_batch.Leaf]) -> Any:
         """Return a batch of the samples at places of past tasks, such as the loader gives to training."""
@@ -211,24 +218,37 @@ class RehearsalCallback(ContinualCallback):
         return trainer.precision_plugin.convert_input(self._loader(trainer).collate_fn(samples))
 
     def _herd(self, trainer: L.Trainer, pl_module: L.LightningModule, memory: HerdingMemory, task: int) -> None:
-        assert self.features is not None
         own = self._own_places(trainer)
-        features: list[Tensor] = []
-        found: list[Tensor] = []
-        num_batches = _host.num_batches(_host.in_order(self._loader(trainer), own))
-        with _host.observing(pl_module), _host.progress(trainer, num_batches, f"Herding task {task}") as tick:
-            for batch in self._batches(trainer, own):
-                found.append(self._labels(batch, _batch.size(batch)))
-                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-                features.append(self.features(pl_module, batch).float().cpu())
-                tick()
-            labels = torch.cat(found)
-            chosen, ranks = memory.choose(torch.cat(features), labels)
-            start = 0
+        features, labels = self._features_at(trainer, pl_module, own, f"Herding task {task}")
+        chosen, ranks = memory.choose(features, labels)
+        start = 0
+        with _host.observing(pl_module):
             for batch in self._batches(trainer, [own[place] for place in chosen.tolist()]):
                 leaves, _ = _batch.flatten(batch)
                 some = slice(start, start := start + len(leaves[0]))
                 memory.add(leaves, task=task, labels=labels[chosen[some]], ranks=ranks[some])
+
+    def _features_at(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, places: Sequence[int], description: str = "Trying"
+    ) -> tuple[Tensor, Tensor]:
+        """Return features ``(N, D)`` and labels ``(N,)``."""
+        assert self.features is not None
+        features, labels = [], []
+        num_batches = _host.num_batches(_host.in_order(self._loader(trainer), places))
+        with _host.observing(pl_module), _host.progress(trainer, num_batches, description) as tick:
+            for batch in self._batches(trainer, places):
+                num = _batch.size(batch)
+                labels.append(self._labels(batch, num))
+                found = self.features(pl_module, trainer.strategy.batch_to_device(batch, dataloader_idx=0))
+                if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != num:
+                    shape = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+                    raise ValueError(
+                        f"`features` must return one row a sample, ({num}, D), but got {shape}. Flatten or average"
+                        " what the module computes."
+                    )
+                features.append(found.float().cpu())
+                tick()
+        return torch.cat(features), torch.cat(labels)
 
     def _own_places(self, trainer: L.Trainer) -> list[int]:
         """Return this process's share of the places in the task's data set."""

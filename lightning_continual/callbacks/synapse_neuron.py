@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_continual import _host
-from lightning_continual.parameters import ParamDict
+from lightning_continual.parameters import ParamDict, trainable
 from lightning_continual.stream import ContinualCallback
 
 
@@ -33,7 +33,9 @@ class SynapseNeuronCallback(ContinualCallback):
         \Omega_i = \Big(\frac{\partial \ell}{\partial \theta_i}\Big|_{\theta^*}\Big)^2, \qquad
         \Omega_{lnj} = \Big(\frac{\partial \ell}{\partial a_{lnj}}\Big|_{\theta^*}\Big)^2
 
-    No past data is needed. Layers are the modules with weights of their own. That the formula is the paper's, and that
+    No past data is needed. Layers are the modules with trainable weights of their own whose output is a tensor, the
+    tensors their weights; weights and layers without influence on the loss are left out of the means. The batch is
+    that of all processes together. That the formula is the paper's, and that
     the deployed network sees the batch in the same mode with the same dropout masks, is our reading; the formula is
     that of the first author's code. A step costs another forward and backward pass.
 
@@ -77,17 +79,25 @@ class SynapseNeuronCallback(ContinualCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let the terms join the loss."""
-        shapes = {name: tuple(p.shape) for name, p in pl_module.named_parameters()}
-        for name, value in self.deployed.items():
-            if name in shapes and shapes[name] != tuple(value.shape):
-                raise ValueError(
-                    f"Parameter {name!r} was deployed with shape {tuple(value.shape)}, but has shape {shapes[name]}."
-                    " Restore into a module of the same architecture."
-                )
-        self.deployed = {name: value.to(pl_module.device) for name, value in self.deployed.items()}
         super().on_train_start(trainer, pl_module)
         if not self._is_neutral:
-            _host.wrap_method(pl_module, "training_step", self, partial(self._step, pl_module))
+            self._require_same_parameters(pl_module)
+            self.deployed = {name: value.to(pl_module.device) for name, value in self.deployed.items()}
+            _host.wrap_method(pl_module, "training_step", self, partial(self._step, trainer, pl_module))
+
+    def _require_same_parameters(self, pl_module: L.LightningModule) -> None:
+        if not self.deployed:
+            return
+        now = {name: tuple(p.shape) for name, p in pl_module.named_parameters()}
+        then = {name: tuple(value.shape) for name, value in self.deployed.items()}
+        buffers = {name for name, _ in pl_module.named_buffers()}
+        for name in [*now, *(name for name in then if name not in now and name not in buffers)]:
+            if now.get(name) != then.get(name):
+                was, has = (f"shape {one[name]}" if name in one else "no such parameter" for one in (then, now))
+                raise ValueError(
+                    f"The deployed network has {was} for {name!r}, but the module has {has}. Restore into a module of"
+                    " the same architecture; a head that grows is for `EWCCallback`."
+                )
 
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
         """Take the network as it is now for the deployed one."""
@@ -95,51 +105,59 @@ class SynapseNeuronCallback(ContinualCallback):
             whole = [*pl_module.named_parameters(), *pl_module.named_buffers()]
             self.deployed = {name: value.detach().clone() for name, value in whole}
 
-    def _step(self, pl_module: L.LightningModule, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, inner: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         if not self.deployed:
             return inner(*args, **kwargs)
+        self._require_same_parameters(pl_module)
         with _host.without_trace(pl_module), torch.enable_grad():
-            weights, anchored = self._look_at_deployed(pl_module, args, kwargs)
-        with _recording(pl_module) as outputs:
+            weights, anchored = self._look_at_deployed(trainer, pl_module, args, kwargs)
+        with ExitStack() as stack:
+            outputs = stack.enter_context(_recording(pl_module)) if self.neuron > 0 else []
             result = inner(*args, **kwargs)
         if result is None:
             return None
         loss = _host.loss_of(result)
         parameters = dict(pl_module.named_parameters())
-        if self.synapse > 0:
-            terms = [
-                (weights[name] * (parameters[name] - self.deployed[name]).square()).sum()
-                for name in weights
-                if parameters[name].requires_grad
-            ]
-            loss = loss + self.synapse * torch.stack(terms).mean()
-        if self.neuron > 0:
-            terms = [
-                (importance * (now - then).square()).sum()
-                for (then, importance), now in zip(anchored, outputs, strict=True)
-                if importance is not None
-            ]
-            loss = loss + self.neuron * torch.stack(terms).mean()
+        synapses = [
+            (importance * (parameters[name] - self.deployed[name]).square()).sum()
+            for name, importance in weights.items()
+        ]
+        neurons = [
+            (importance * (_precise(now) - _precise(then)).square()).sum()
+            for (then, importance), now in zip(anchored, outputs, strict=True)
+            if importance is not None
+        ]
+        for strength, terms in ((self.synapse, synapses), (self.neuron, neurons)):
+            if strength > 0 and terms:
+                loss = loss + strength * torch.stack(terms).mean()
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
 
     def _look_at_deployed(
-        self, pl_module: L.LightningModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, trainer: L.Trainer, pl_module: L.LightningModule, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[ParamDict, list[tuple[Tensor, Tensor | None]]]:
         """Return the importance of each weight, and each layer's output with its importance, in the order of calls."""
-        trainable = {name for name, p in pl_module.named_parameters() if p.requires_grad}
-        leaves = {name: self.deployed[name].detach().requires_grad_() for name in trainable}
+        leaves = {name: self.deployed[name].detach().requires_grad_() for name in trainable(pl_module)}
         # Buffers are copied, for a batch norm writes into them.
-        others = {name: value.clone() for name, value in self.deployed.items() if name not in trainable}
-        state = {f"module.{name}": value for name, value in {**others, **leaves}.items()}
-        with _recording(pl_module) as outputs:
-            result = torch.func.functional_call(_TrainingStep(pl_module), state, args, kwargs)
+        others = {name: value.clone() for name, value in self.deployed.items() if name not in leaves}
+        with _recording(pl_module) as outputs, _computing_with(pl_module, {**others, **leaves}):
+            result = pl_module.training_step(*args, **kwargs)
+        if self.neuron == 0:
+            outputs.clear()
+        if result is None:
+            return {}, [(output.detach(), None) for output in outputs]
+        scale, processes = _host.loss_scale(trainer), trainer.world_size
         wanted = [*leaves.values(), *outputs]
-        gradients: Sequence[Tensor | None]
-        gradients = torch.autograd.grad(_host.loss_of(result), wanted, allow_unused=True)
-        squares: list[Tensor | None] = [None if gradient is None else gradient.square() for gradient in gradients]
-        weights = {name: square for name, square in zip(leaves, squares, strict=False) if square is not None}
-        anchored = [(output.detach(), one) for output, one in zip(outputs, squares[len(leaves) :], strict=True)]
-        return weights, anchored
+        gradients = torch.autograd.grad(scale * _host.loss_of(result), wanted, allow_unused=True)
+        precise = [None if gradient is None else _precise(gradient) / scale for gradient in gradients]
+        # The loss is a mean over processes: so is its gradient, and a process's outputs have their share in it.
+        add, weights = _host.all_sum(trainer), {}
+        for (name, leaf), gradient in zip(leaves.items(), precise, strict=False):
+            if add(torch.tensor(float(gradient is not None))) > 0:
+                weights[name] = (add(torch.zeros_like(leaf) if gradient is None else gradient) / processes).square()
+        squares = [None if gradient is None else gradient.square() / processes for gradient in precise[len(leaves) :]]
+        return weights, [(output.detach(), square) for output, square in zip(outputs, squares, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the deployed network."""
@@ -155,15 +173,23 @@ class SynapseNeuronCallback(ContinualCallback):
         return self.synapse == 0 and self.neuron == 0
 
 
-class _TrainingStep(nn.Module):
-    """A module whose forward is the ``training_step`` of another, so that it can be called with other weights."""
+@contextmanager
+def _computing_with(module: nn.Module, tensors: ParamDict) -> Iterator[None]:
+    """Let ``module`` compute with other parameters and buffers, by name; what is shared stays shared.
 
-    def __init__(self, module: L.LightningModule) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module.training_step(*args, **kwargs)
+    ``torch.func.functional_call`` would leave them in a module that is registered twice.
+    """
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    other = {id(value): tensors[name] for name, value in named.items() if name in tensors}
+    entries: list[dict[str, Any]] = [values for one in module.modules() for values in (one._parameters, one._buffers)]
+    own = [(values, dict(values)) for values in entries]
+    try:
+        for values, before in own:
+            values.update({name: other.get(id(value), value) for name, value in before.items()})
+        yield
+    finally:
+        for values, before in own:
+            values.update(before)
 
 
 @contextmanager
@@ -171,14 +197,22 @@ def _recording(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the outputs of all layers with trainable weights of their own, in the order of their calls."""
     outputs: list[Tensor] = []
 
-    def keep(layer: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad:
-            outputs.append(output)
+    def keep(layer: nn.Module, inputs: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return output
+        outputs.append(output)
+        return output.clone()  # what comes next may work in place
 
     layers = [one for one in module.modules() if any(p.requires_grad for p in one.parameters(recurse=False))]
     handles = [layer.register_forward_hook(keep) for layer in layers]
-    try:
-        yield outputs
-    finally:
+    with ExitStack() as stack:
         for handle in handles:
-            handle.remove()
+            stack.callback(handle.remove)
+        if hasattr(torch.compiler, "set_stance"):  # torch >= 2.6; a compiled graph does not know of hooks
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield outputs
+
+
+def _precise(value: Tensor) -> Tensor:
+    """Return a tensor in single precision at least: squares of small gradients vanish in half precision."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))

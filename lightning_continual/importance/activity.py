@@ -70,7 +70,7 @@ def unit_activity(
     counts = dict.fromkeys(layers, 0)
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(layer: nn.Module, inputs: Any, output: Tensor) -> None:  # noqa: ARG001
+        def hook(layer: nn.Module, inputs: Any, output: Tensor) -> None:
             values = activation(output).to(torch.promote_types(output.dtype, torch.float32))
             if not isinstance(layer, nn.Linear | nn.LayerNorm):
                 values = values.movedim(1, -1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -51,10 +50,8 @@ def moments_by_vmap(
         return squares, sums
 
     moments = Moments(with_sums)
-    with warnings.catch_warnings(), ExitStack() as stack:
-        warnings.filterwarnings("ignore", message="There is a performance drop|TF32 acceleration on top of oneDNN")
-        if any(isinstance(submodule, nn.RNNBase) for submodule in module.modules()):
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))  # vmap does not know its LSTM
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
         for part in chunks(len(tensors[0]), sum(p.numel() for p in parameters.values())):
             squares, sums = vmap(of_one, randomness="different")(*(leaf[part] for leaf in tensors))
             for name in parameters:

@@ -85,7 +85,7 @@ def _transposed_convolution(
     bias: Tensor | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] = 0,
-    output_padding: int | Sequence[int] = 0,  # noqa: ARG001 - it only makes the output larger
+    output_padding: int | Sequence[int] = 0,
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
 ) -> Call | None:
@@ -141,9 +141,9 @@ def _embedding(
     weight: Tensor,
     padding_idx: int | None = None,
     max_norm: float | None = None,
-    norm_type: float = 2.0,  # noqa: ARG001
+    norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
-    sparse: bool = False,  # noqa: ARG001
+    sparse: bool = False,
 ) -> Call | None:
     if max_norm is not None or scale_grad_by_freq:
         return None
@@ -184,7 +184,7 @@ def _batch_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float = 0.1,  # noqa: ARG001
+    momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Call:
     if training:
@@ -214,11 +214,9 @@ def _instance_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     use_input_stats: bool = True,
-    momentum: float = 0.1,  # noqa: ARG001
+    momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Call:
-    if use_input_stats:
-        running_mean = running_var = None  # or they would be updated
     normalise = partial(
         F.instance_norm, running_mean=running_mean, running_var=running_var, use_input_stats=use_input_stats, eps=eps
     )

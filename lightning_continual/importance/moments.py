@@ -47,7 +47,7 @@ class Moments:
         """Add the gradients of one sample (``None``: zero)."""
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is not None:
-                gradient = gradient.to(accumulator_dtype(gradient))
+                gradient = (gradient.to_dense() if gradient.is_sparse else gradient).to(accumulator_dtype(gradient))
                 self.add_sums(name, squares=gradient.square(), sums=gradient.clone() if self.with_sums else None)
 
     def update(self, other: Moments, names: Iterable[str]) -> None:

@@ -64,7 +64,7 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         # Still requiring gradients, so that the layer keeps for its backward pass what it always does (checkpointing
         # compares), but not those of the parameters: asked for nothing, autograd does not compute them.
-        detached = {id(p): p.detach().requires_grad_() for p, _ in gradients if p is not call.input}
+        detached = {id(p): p.detach().requires_grad_() for p, _ in gradients}
         output = func(
             *(detached.get(id(value), value) for value in args),
             **{key: detached.get(id(value), value) for key, value in kwargs.items()},

@@ -386,6 +386,25 @@ def test_the_capacity_is_that_of_all_processes_and_a_checkpoint_serves_any_numbe
         assert len(list(chain(*past))) >= 11 - world_size
 
 
+def test_turned_down_to_nothing_it_carries_its_exemplars_through_two_processes(
+    trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    class Save(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            trainer.save_checkpoint(tmp_path / "second.ckpt")
+
+    first, second = make_tasks((23, 17))
+    fit = trainer(RehearsalCallback(11), max_epochs=1)
+    fit.fit(Seer(), DataLoader(first.train, 4))
+    fit.save_checkpoint(tmp_path / "first.ckpt")
+    module, resting, restored = Seer(), RehearsalCallback(11, proportion=0.0), RehearsalCallback(11)
+    restore(tmp_path / "first.ckpt", module, [resting])
+    trainer(resting, Save(), max_epochs=1, devices=2, strategy="ddp_fork").fit(module, DataLoader(second.train, 4))
+    restore(tmp_path / "second.ckpt", Seer(), [restored])
+    assert remembered(restored) == remembered(resting)
+    assert len(remembered(restored)) == 11
+
+
 def test_the_four_memories_keep_what_they_promise_over_a_stream(stream: Callable[..., Seer]) -> None:
     def run(memory: Any, **options: Any) -> RehearsalCallback:
         rehearsal = RehearsalCallback(memory, **options)
@@ -507,6 +526,40 @@ def test_labels_that_are_missing_are_missed_before_the_first_step(
     loader = DataLoader(make_tasks((8,))[0].train, 4, collate_fn=lambda samples: pack(*default_collate(samples)))
     with pytest.raises(ValueError, match=message):
         trainer(RehearsalCallback(**options), max_epochs=1).fit(Module(), loader)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"features": lambda module, batch: batch[0][:, 0]},
+            r"`features` must return one row a sample, \(1, D\), but got",
+        ),
+        ({"features": lambda module, batch: [1.0]}, r"but got list. Flatten or average what the module computes"),
+        (
+            {"features": lambda module, batch: batch[0], "label": lambda batch: None},
+            "`HerdingMemory` needs labels, one whole number a sample, but found NoneType for 1 samples",
+        ),
+    ],
+)
+def test_herding_tries_its_functions_before_the_first_step(
+    trainer: Callable[..., L.Trainer], options: dict[str, Any], message: str
+) -> None:
+    module = Seer()
+    with pytest.raises(ValueError, match=message):
+        trainer(RehearsalCallback(HerdingMemory(8), **options), max_epochs=1).fit(
+            module, DataLoader(make_tasks((8,))[0].train, 4)
+        )
+    assert not module.trained
+
+
+def test_reload_tries_to_find_labels_before_the_first_step(stream: Callable[..., Seer]) -> None:
+    module, data = Seer(), ContinualDataModule([Task(TensorDataset(torch.randn(8, 4), torch.randn(8)))], batch_size=4)
+    with pytest.raises(ValueError, match=r"Every sample must have a whole number for a label, but sample 0 has Tensor"):
+        stream(RehearsalCallback(ClassBalancedMemory(8), reload=True), data, module=module)
+    with pytest.raises(ValueError, match=r"needs labels, one whole number a sample, but found torch.float32 \(1,\)"):
+        stream(RehearsalCallback(ClassBalancedMemory(8), reload=True, label=lambda b: b[1] + 0.5), data, module=module)
+    assert not module.trained
 
 
 def test_labels_are_not_asked_for_where_they_are_not_needed(trainer: Callable[..., L.Trainer]) -> None:
