@@ -231,10 +231,16 @@ def num_train_samples(trainer: Any) -> int | None:
 
 
 def in_order(loader: DataLoader[Any], places: Sequence[int]) -> DataLoader[Any]:
-    """Return a loader over ``places`` of a loader's data set, in this order, with the same batches and workers."""
+    """Return a loader over ``places`` of a loader's data set, in this order, with the same workers.
+
+    Batches are of the same size too; with a batch sampler that has no ``batch_size``, of 32.
+    """
+    batch_size = loader.batch_size
+    if batch_size is None and loader.batch_sampler is not None:
+        batch_size = getattr(loader.batch_sampler, "batch_size", 32)
     return DataLoader(
         Subset(loader.dataset, places),
-        batch_size=loader.batch_size,
+        batch_size=batch_size,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         generator=torch.Generator(),
@@ -475,8 +481,9 @@ def score(
 
 
 def is_overridden(name: str, pl_module: Any) -> bool:
-    """Whether a module defines a hook that Lightning leaves to users."""
-    return model_helpers.is_overridden(name, pl_module)
+    """Whether a module defines a hook that Lightning, under either of its names, leaves to users."""
+    parent = next(one for one in type(pl_module).__mro__ if one.__name__ == "LightningModule")
+    return model_helpers.is_overridden(name, pl_module, parent)
 
 
 def num_batches(loader: Any) -> int | None:
@@ -510,7 +517,7 @@ def progress(trainer: Any, total: int | None, description: str) -> Iterator[Call
         finally:
             # Hidden, not removed: Lightning's Rich bar counts on the ids of its own tasks.
             rich.update(task, visible=False)
-            bar.refresh(hard=True)
+            rich.refresh()
     else:
         with tqdm(total=total, desc=description, leave=False, dynamic_ncols=True, file=sys.stdout) as line:
             yield lambda: line.update(1)

@@ -111,6 +111,8 @@ class QuadraticPenalty:
         Raises:
             ValueError: If a parameter has disappeared, or changed in another way; the error names it.
         """
+        if all(name in parameters and _fits(value, parameters[name]) for name, value in self.precision.items()):
+            return self
         precision, shift = {}, {}
         for name, old in self.precision.items():
             new = parameters.get(name)
@@ -134,17 +136,15 @@ class QuadraticPenalty:
             parameters: Some of the parameters that are penalised, by name; a missing gradient counts as zero.
             strength: :math:`\lambda`.
         """
-        names = [name for name in self.precision if name in parameters]
-        if not names:
-            return
         with torch.no_grad():
-            grads = [_dense_gradient(parameters[name]) for name in names]
-            # The difference first: it is zero at the anchor, and leaves the digits of the gradient alone.
-            difference = torch._foreach_mul(
-                [self.precision[name] for name in names], [parameters[name].detach() for name in names]
-            )
-            torch._foreach_sub_(difference, [self.shift[name] for name in names])
-            torch._foreach_add_(grads, difference, alpha=strength)
+            for names in _groups([name for name in self.precision if name in parameters], parameters):
+                grads = [_dense_gradient(parameters[name]) for name in names]
+                # The difference first: it is zero at the anchor, and leaves the digits of the gradient alone.
+                difference = torch._foreach_mul(
+                    [self.precision[name] for name in names], [parameters[name].detach() for name in names]
+                )
+                torch._foreach_sub_(difference, [self.shift[name] for name in names])
+                torch._foreach_add_(grads, difference, alpha=strength)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and numbers."""
@@ -160,11 +160,28 @@ def _precise(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
+def _fits(value: Tensor, like: Tensor) -> bool:
+    return value.shape == like.shape and value.device == like.device
+
+
 def _grown(value: Tensor, like: Tensor) -> Tensor:
     """Return ``value`` on the device of ``like``, with zeros for its new rows."""
     if value.shape != like.shape:
         value = pad(value, (0, 0) * (like.ndim - 1) + (0, len(like) - len(value)))
     return value.to(like.device)
+
+
+def _groups(names: Sequence[str], parameters: Mapping[str, Tensor]) -> list[list[str]]:
+    """Return names in groups of a million weights, or one tensor: what is computed from them stays in a cache."""
+    groups: list[list[str]] = []
+    size = 0
+    for name in names:
+        size += parameters[name].numel()
+        if not groups or size > 2**20:
+            groups.append([])
+            size = parameters[name].numel()
+        groups[-1].append(name)
+    return groups
 
 
 def _dense_gradient(parameter: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -44,3 +44,31 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         # Not `train(mode)`: it would speak for the submodules too.
         for submodule, mode in modes:
             submodule.training = mode
+
+
+@contextmanager
+def computing_with(module: nn.Module, tensors: ParamDict) -> Iterator[None]:
+    """Let ``module`` compute with other parameters and buffers, by name; what is shared stays shared.
+
+    Unlike ``torch.func.functional_call`` it gives back the parameters of a module that is registered twice, too.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> with computing_with(layer, {"weight": torch.tensor([[2.0]])}):
+        ...     layer(torch.tensor([[3.0]]))
+        tensor([[6.]])
+        >>> isinstance(layer.weight, nn.Parameter)
+        True
+    """
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    other = {id(value): tensors[name] for name, value in named.items() if name in tensors}
+    entries: list[dict[str, Any]] = [values for one in module.modules() for values in (one._parameters, one._buffers)]
+    own = [(values, dict(values)) for values in entries]
+    try:
+        for values, before in own:
+            values.update({name: other.get(id(value), value) for name, value in before.items()})
+        yield
+    finally:
+        for values, before in own:
+            values.update(before)

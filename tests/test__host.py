@@ -403,6 +403,7 @@ class Everything(Classifier):
         self.range.compute()
         self.groups.update(logits, batch[1])
         self.log("val_shared", self.shared, prog_bar=True)
+        self.log("val_steps", logits.mean(), on_step=True, on_epoch=True, prog_bar=True)
         self.log_dict(self.groups)
         self.log("noise", torch.rand(()) + random.random() + numpy.random.rand())
         super().validation_step(batch, batch_idx)

@@ -78,6 +78,42 @@ def test_the_gradient_is_added_in_place_and_a_missing_one_is_zero(model: nn.Modu
     assert_close(others[0].grad, 3 * expected["0.bias"])
 
 
+def test_at_its_anchor_it_adds_nothing_to_the_bit_however_strong(model: nn.Module) -> None:
+    model.float()
+    penalty = QuadraticPenalty.around(parameters_of(model), random_like(model, 1, positive=True))
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e-3)
+    penalty.add_gradient_(parameters_of(model), strength=1e6)
+    assert all(bool((p.grad == 1e-3).all()) for p in model.parameters() if p.grad is not None)
+
+
+def test_many_and_large_parameters_are_all_served() -> None:
+    sizes = (3, 2**20 - 5, 2, 1, 2**20 + 1, 7)
+    parameters = {f"p{number}": nn.Parameter(torch.zeros(size)) for number, size in enumerate(sizes)}
+    ones = {name: torch.ones_like(p) for name, p in parameters.items()}
+    QuadraticPenalty.around(ones, ones).add_gradient_(parameters, strength=2.0)
+    assert all(bool((p.grad == -2).all()) for p in parameters.values() if p.grad is not None)
+    assert not [name for name, p in parameters.items() if p.grad is None]
+
+
+def test_a_sparse_gradient_becomes_a_dense_one() -> None:
+    table = nn.Embedding(5, 2, sparse=True)
+    table(torch.tensor([1, 1])).sum().backward()
+    zeros, ones = {"weight": torch.zeros(5, 2)}, {"weight": torch.ones(5, 2)}
+    QuadraticPenalty.around(zeros, ones).add_gradient_(parameters_of(table), strength=3.0)
+    expected = 3 * table.weight.detach()
+    expected[1] += 2
+    assert_close(table.weight.grad, expected)
+
+
+def test_half_precision_is_remembered_in_single(model: nn.Module) -> None:
+    anchor = {name: p.detach().bfloat16() for name, p in model.named_parameters()}
+    penalty = QuadraticPenalty.around(anchor, {name: torch.ones_like(p) for name, p in anchor.items()})
+    small = QuadraticPenalty.around(anchor, {name: torch.full_like(p, 2.0**-12) for name, p in anchor.items()})
+    for value in (penalty + small).precision.values():
+        assert_close(value, torch.full_like(value, 1 + 2.0**-12, dtype=torch.float32), rtol=0, atol=0)
+
+
 def test_only_the_parameters_given_receive_a_gradient(model: nn.Module) -> None:
     penalty = QuadraticPenalty.around(random_like(model, 0), random_like(model, 1, positive=True))
     penalty.add_gradient_({"0.weight": model[0].weight}, strength=1.0)
@@ -105,6 +141,14 @@ def test_new_rows_are_free(model: nn.Module) -> None:
     assert bool((gradient["2.weight"][2:] == 0).all())
     assert bool((gradient["2.bias"][2:] == 0).all())
     assert bool((gradient["2.weight"][:2] != 0).all())
+
+
+def test_a_scalar_parameter_is_no_row(model: nn.Module) -> None:
+    scale = {"scale": torch.tensor(2.0)}
+    penalty = QuadraticPenalty.around(scale, {"scale": torch.tensor(3.0)})
+    assert torch.equal(penalty.aligned_with(scale).precision["scale"], torch.tensor(3.0))
+    with pytest.raises(ValueError, match=r"'scale' is penalised with shape \(\), but has shape \(2,\)"):
+        penalty.aligned_with({"scale": torch.zeros(2)})
 
 
 def test_a_parameter_that_disappeared_is_named(model: nn.Module) -> None:

@@ -826,3 +826,27 @@ def test_a_module_that_is_frozen_is_refused(small):
     model, x, y = small
     with pytest.raises(ValueError, match=r"must have a trainable parameter"):
         empirical_fisher(model.requires_grad_(False), cross_entropy(model), [(x, y)])
+
+
+def test_a_module_registered_twice_keeps_its_parameters():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Bilinear(3, 3, 3)
+            self.b = self.a
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.b(self.a(x, x), x))
+
+    torch.manual_seed(0)
+    model, x, y = Twice().double(), torch.randn(8, 3, dtype=torch.float64), torch.randint(2, (8,))
+    found = empirical_fisher(model, cross_entropy(model), [(x, y)])
+    assert all(isinstance(parameter, nn.Parameter) for parameter in model.parameters())
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    squares = [
+        torch.autograd.grad(torch.nn.functional.cross_entropy(model(x[n : n + 1]), y[n : n + 1]), model.a.weight)[0]
+        ** 2
+        for n in range(8)
+    ]
+    assert_close(found["a.weight"], torch.stack(squares).mean(0))

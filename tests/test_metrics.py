@@ -249,14 +249,6 @@ def test_forward_returns_the_update_alone_and_adds_it():
     assert_close(matrix.compute()[1, 1], (square(2)[1, 1] + 0.75) / 4)
 
 
-def test_matrices_of_shards_merge_into_the_weighted_mean():
-    one, two = AccuracyMatrix(1), AccuracyMatrix(1)
-    one.update(0, 0, 0.5, weight=30)
-    two.update(0, 0, 0.9, weight=10)
-    one.merge_state(two)
-    assert one.compute().item() == pytest.approx(0.6)
-
-
 def test_a_result_changed_by_the_user_leaves_the_matrix_alone():
     matrix = filled(square(2))
     matrix.compute().zero_()

@@ -490,14 +490,19 @@ def test_a_run_goes_on_from_the_checkpoint_of_an_exception(trainer: Callable[...
         def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
             trainer.save_checkpoint(path)
 
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
+            samples.setdefault(trainer.current_epoch, []).extend(batch[0][:, 0].tolist())
+
+    samples: dict[int, list[float]] = {}
     trained, path = Trained(), tmp_path / "on_exception.ckpt"
     fit = trainer(TaskStream(2), Save(), trained)
     with pytest.raises(RuntimeError, match="broken"):
         fit.fit(Failing(8, RuntimeError("broken")), datamodule=stream_of(12, 12))  # in the last batch of an epoch
     assert trained.batches == {0: 6, 1: 2}
-    again = trainer(TaskStream(2), trained)
+    again = trainer(TaskStream(2), Save(), trained)
     again.fit(Classifier(), datamodule=stream_of(12, 12), ckpt_path=path, weights_only=True)
     assert trained.batches == {0: 6, 1: 6}
+    assert [len(set(seen)) for seen in samples.values()] == [12] * 4
     assert again.global_step == 12
 
 

@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_continual import _host
-from lightning_continual.parameters import ParamDict, trainable
+from lightning_continual.parameters import ParamDict, computing_with, trainable
 from lightning_continual.stream import ContinualCallback
 
 
@@ -141,7 +141,7 @@ class SynapseNeuronCallback(ContinualCallback):
         leaves = {name: self.deployed[name].detach().requires_grad_() for name in trainable(pl_module)}
         # Buffers are copied, for a batch norm writes into them.
         others = {name: value.clone() for name, value in self.deployed.items() if name not in leaves}
-        with _recording(pl_module) as outputs, _computing_with(pl_module, {**others, **leaves}):
+        with _recording(pl_module) as outputs, computing_with(pl_module, {**others, **leaves}):
             result = pl_module.training_step(*args, **kwargs)
         if self.neuron == 0:
             outputs.clear()
@@ -171,25 +171,6 @@ class SynapseNeuronCallback(ContinualCallback):
     @property
     def _is_neutral(self) -> bool:
         return self.synapse == 0 and self.neuron == 0
-
-
-@contextmanager
-def _computing_with(module: nn.Module, tensors: ParamDict) -> Iterator[None]:
-    """Let ``module`` compute with other parameters and buffers, by name; what is shared stays shared.
-
-    ``torch.func.functional_call`` would leave them in a module that is registered twice.
-    """
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    other = {id(value): tensors[name] for name, value in named.items() if name in tensors}
-    entries: list[dict[str, Any]] = [values for one in module.modules() for values in (one._parameters, one._buffers)]
-    own = [(values, dict(values)) for values in entries]
-    try:
-        for values, before in own:
-            values.update({name: other.get(id(value), value) for name, value in before.items()})
-        yield
-    finally:
-        for values, before in own:
-            values.update(before)
 
 
 @contextmanager

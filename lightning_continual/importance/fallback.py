@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import vjp, vmap
 from torch.overrides import TorchFunctionMode
 
 from lightning_continual import _batch
 from lightning_continual.importance.moments import Moments, accumulator_dtype, chunks
-from lightning_continual.parameters import ParamDict
+from lightning_continual.parameters import ParamDict, computing_with
 
 Totals = Callable[[Any, int], list[Tensor]]
 """Maps a batch and its number of samples to the scalars whose per-sample gradients are meant."""
@@ -32,13 +32,17 @@ def moments_by_vmap(
     if len(tensors) < len(leaves):
         raise TypeError("vmap takes tensors only.")
     # All parameters detached, not only those asked for: autograd need not follow underneath.
-    everything = {f"module.{name}": p.detach() for name, p in module.named_parameters()}
-    asked = {f"module.{name}": p.detach() for name, p in parameters.items()}
-    caller = _Caller(module, totals)
+    everything = {name: p.detach() for name, p in module.named_parameters()}
+    asked = {name: p.detach() for name, p in parameters.items()}
 
     def of_one(*sample: Tensor) -> tuple[ParamDict, ParamDict]:
         one = rebuild([leaf.unsqueeze(0) for leaf in sample])
-        values, pull_back, *_ = vjp(lambda asked: functional_call(caller, everything | asked, (one,)), asked)
+
+        def values_with(asked: ParamDict) -> Tensor:
+            with computing_with(module, everything | asked), _BatchedState():
+                return torch.stack(totals(one, 1))
+
+        values, pull_back, *_ = vjp(values_with, asked)
         squares: ParamDict = {}
         sums: ParamDict = {}
         for row in torch.eye(len(values), dtype=values.dtype, device=values.device):
@@ -55,9 +59,9 @@ def moments_by_vmap(
         for part in chunks(len(tensors[0]), sum(p.numel() for p in parameters.values())):
             squares, sums = vmap(of_one, randomness="different")(*(leaf[part] for leaf in tensors))
             for name in parameters:
-                moments.add_sums(name, squares=squares[f"module.{name}"].sum(0))
+                moments.add_sums(name, squares=squares[name].sum(0))
                 if with_sums:
-                    moments.add_sums(name, sums=sums[f"module.{name}"].sum(0))
+                    moments.add_sums(name, sums=sums[name].sum(0))
     return moments
 
 
@@ -76,19 +80,6 @@ def ordinary_gradients(totals: Sequence[Tensor], inputs: Sequence[Any]) -> Itera
     """Yield, for each scalar, its gradients with respect to ``inputs`` (``None``: does not depend on it)."""
     for number, total in enumerate(totals):
         yield torch.autograd.grad(total, inputs, retain_graph=number + 1 < len(totals), allow_unused=True)
-
-
-class _Caller(nn.Module):
-    """Makes a function that calls ``module`` a module itself, so that `functional_call` can exchange parameters."""
-
-    def __init__(self, module: nn.Module, totals: Totals) -> None:
-        super().__init__()
-        self.module = module
-        self.totals = totals
-
-    def forward(self, one: Any) -> Tensor:
-        with _BatchedState():
-            return torch.stack(self.totals(one, 1))
 
 
 class _BatchedState(TorchFunctionMode):

@@ -356,7 +356,7 @@ class Memory(ABC):
         return slots[torch.multinomial(weights, num, generator=self._generator)] if num else slots
 
 
-def _by_label(tasks: Tensor, labels: Tensor, before: int) -> Tensor:  # noqa: ARG001
+def _by_label(tasks: Tensor, labels: Tensor, before: int) -> Tensor:
     if bool((labels == -1).any()):
         raise ValueError(
             "`selection='balanced'` must know the label of every exemplar, but some were added without. Pass `label=`"

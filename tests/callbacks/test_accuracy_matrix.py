@@ -353,7 +353,6 @@ def test_wrong_arguments_are_refused() -> None:
         AccuracyMatrixCallback(loaders=[])
 
 
-@pytest.mark.xfail(reason="`_host.is_overridden` knows `lightning.pytorch` only", raises=ValueError)
 def test_a_pytorch_lightning_trainer_and_module_are_served(tmp_path: Path) -> None:
     pl = pytest.importorskip("pytorch_lightning")
 

@@ -117,10 +117,11 @@ class InTwo(Penalised):
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
         for number, optimizer in enumerate(self.optimizers()):
             if number == 0 or batch_idx % 2:
-                optimizer.zero_grad()
-                self.manual_backward(self.loss(batch))
                 optimizer.step()
 
     def configure_optimizers(self) -> Any:
@@ -472,6 +473,25 @@ def test_the_importance_is_that_of_the_definition_on_the_tasks_data(trainer: Mak
     assert_close(ewc.penalty.shift, {name: expected[name] * p.detach() for name, p in module.named_parameters()})
 
 
+def test_each_task_draws_its_own_labels(trainer: Make) -> None:
+    L.seed_everything(1, verbose=False)
+    module, ewc, precisions = Classifier(lr=0.0), EWCCallback(1.0, fisher="sampled"), []
+    for _ in range(2):
+        trainer(ewc, max_epochs=1).fit(module, DataLoader(samples(12), 4))
+        precisions.append(ewc.penalty.precision["net.0.weight"])
+    assert not torch.allclose(precisions[1], 2 * precisions[0], rtol=0.01)
+
+
+def test_a_training_step_may_take_the_batch_alone(trainer: Make) -> None:
+    class Alone(Classifier):
+        def training_step(self, batch: Any) -> Tensor:
+            return loss_of(self, batch)
+
+    ewc = EWCCallback(1.0)
+    trainer(ewc, max_epochs=1).fit(Alone(), DataLoader(samples(12), 4))
+    assert ewc.penalty
+
+
 @over_kinds
 def test_in_two_processes_it_is_the_same(trainer: Make, tmp_path: Path, kind: Any) -> None:
     L.seed_everything(1, verbose=False)
@@ -620,6 +640,7 @@ class Busy(L.LightningModule):
         self.losses: list[Tensor] = []
         self.seen: Counter[int] = Counter()
         self.calls = 0
+        self.register_buffer("average", torch.zeros(()))
 
     def unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
         if self.structure == "dict":
@@ -642,6 +663,7 @@ class Busy(L.LightningModule):
         self.losses.append(loss.detach())
         self.seen.update(y.tolist())
         self.calls += 1
+        self.average.lerp_(loss.detach().float() + torch.rand(()), 0.1)
         return {"loss": loss, "logits": logits.detach()}
 
     def on_train_epoch_end(self) -> None:
@@ -671,6 +693,16 @@ def test_a_batch_may_have_any_structure(trainer: Make, structure: str) -> None:
     module.structure = "tuple"
     data = TensorDataset(data.tensors[0].double(), data.tensors[1])
     assert_close(ewc.penalty.precision, expected_fisher("empirical", module, data))
+
+
+@pytest.mark.parametrize("kind", ["exact", "sampled"])
+def test_logits_may_be_computed_from_any_structure(trainer: Make, kind: Any) -> None:
+    L.seed_everything(1, verbose=False)
+    module, data = Busy("dict").double(), samples(12)
+    ewc = EWCCallback(1.0, fisher=kind, logits=lambda module, batch: module(batch["x"]))
+    trainer(ewc, max_epochs=1, precision="64-true").fit(module, DataLoader(structured("dict", data), 4))
+    data = TensorDataset(data.tensors[0].double(), data.tensors[1])
+    assert_close(ewc.penalty.precision, expected_fisher(kind, module, data))
 
 
 def snapshot(trainer: L.Trainer, module: Busy) -> Any:
@@ -820,7 +852,15 @@ def logged_in(folder: Path) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2], ids="accumulate={}".format)
-def test_the_penalty_is_logged_as_often_as_the_trainer_logs(trainer: Make, tmp_path: Path, accumulate: int) -> None:
+def test_the_penalty_is_logged_as_often_as_the_trainer_logs(
+    trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    def counted(penalty: QuadraticPenalty, parameters: Any) -> Tensor:
+        calls.append(1)
+        return value_of(penalty, parameters)
+
+    calls, value_of = [], QuadraticPenalty.value
+    monkeypatch.setattr(QuadraticPenalty, "value", counted)
     L.seed_everything(1, verbose=False)
     module, by_hand = Penalised(), ByHand()
     fit = trainer(
@@ -834,6 +874,7 @@ def test_the_penalty_is_logged_as_often_as_the_trainer_logs(trainer: Make, tmp_p
     fit.fit(module, DataLoader(samples(80), 4))
     found, number = logged_in(tmp_path), 20 // accumulate
     assert list(found) == list(range(4, number, 5))
+    assert len(calls) == len(found)  # it is not computed for nothing
     for step, value in found.items():
         assert value == pytest.approx(by_hand.values[(step + 1) * accumulate - 1], rel=1e-5)
     assert float(fit.callback_metrics["ewc/penalty"]) == pytest.approx(by_hand.values[-1], rel=1e-5)

@@ -1,0 +1,65 @@
+"""The examples: each runs as a user runs it, in an empty folder."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+pytestmark = pytest.mark.slow
+
+
+def run(script: str, *arguments: str, folder: Path) -> str:
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def read(path: Path) -> dict[str, dict[str, str]]:
+    with path.open() as file:
+        return {row["method"]: row for row in csv.DictReader(file)}
+
+
+def test_a_deployed_model_is_updated_month_by_month(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    printed = run("update_deployed_model.py", "--months", "5", "--first", "3", folder=tmp_path)
+    table = read(tmp_path / "deployed" / "table.csv")
+    accuracy = {method: float(row["accuracy"]) for method, row in table.items()}
+    assert len(accuracy) == 7
+    assert accuracy["rehearsal 50 %"] > accuracy["EWC"] > accuracy["nothing"]
+    assert float(table["from scratch"]["share_of_samples"]) == 1
+    assert float(table["nothing"]["share_of_samples"]) < 0.3
+    assert all(method in printed for method in accuracy)
+    with (tmp_path / "deployed" / "accuracy.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 7 * 5
+    assert (tmp_path / "deployed" / "time_decay.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_gate_refuses_an_update_that_forgets(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    run("update_deployed_model.py", "--months", "4", "--first", "3", "--gate", "0.05", folder=tmp_path)
+    table = read(tmp_path / "deployed" / "table.csv")
+    assert table["nothing"]["refused"] == "1"
+    assert table["from scratch"]["refused"] == "0"
+    folder = tmp_path / "deployed" / "checkpoints" / "nothing-0"
+    assert {path.name for path in folder.glob("*.ckpt")} == {"deployed.ckpt", "refused-3.ckpt"}
+
+
+def test_the_settings_of_the_published_numbers_run(tmp_path: Path, real_data: Path) -> None:
+    pytest.importorskip("torchvision")
+    folder = ["--folder", str(real_data), "--seeds", "1"]
+    run("reproduce/split_mnist.py", *folder, "--steps", "20", folder=tmp_path)
+    run("reproduce/permuted_mnist.py", *folder, "--tasks", "2", "--methods", "ER 200", folder=tmp_path)
+    split, permuted = read(tmp_path / "split_mnist.csv"), read(tmp_path / "permuted_mnist.csv")
+    assert set(split) == {"nothing", "empirical"}
+    assert float(permuted["ER 200"]["mean"]) > 85
