@@ -73,7 +73,7 @@ def test_after_unwrapping_every_key_nothing_of_ours_is_left(order: tuple[str, st
         _host.unwrap_methods(key)
     assert vars(owner) == {}
     assert owner.speak("yes") == "yes."
-    assert owner not in _host._wrapped
+    assert owner not in _host.methods._wrapped
 
 
 def test_a_method_that_the_user_put_on_the_instance_is_put_back() -> None:

@@ -448,7 +448,7 @@ def test_an_exception_leaves_no_wrapper_and_the_next_fit_goes_on(
     with pytest.raises(SystemExit if isinstance(exception, KeyboardInterrupt) else type(exception)):
         fit.fit(module, datamodule=data)
     assert functions_on(*owners) == before
-    assert not any(owner in _host._wrapped for owner in owners)
+    assert not any(owner in _host.methods._wrapped for owner in owners)
     assert [(what, task) for what, task, _ in boundaries.calls] == [("start", 0), ("end", 0), ("start", 1)]
 
     fit.fit(module, datamodule=data)

@@ -1,0 +1,111 @@
+"""The one place that knows Lightning's private parts.
+
+Everything here was measured with Lightning 2.6 and stands under test in ``tests/test__host.py``. The rest of the
+package speaks to a Trainer through documented names and through this module.
+"""
+
+from lightning_continual._host.gradients import (
+    gradient_scale,
+    loss_of,
+    loss_scale,
+    require_visible_gradients,
+    training_loss,
+)
+from lightning_continual._host.loaders import (
+    drop_early_loaders,
+    in_order,
+    load_loaders,
+    num_batches,
+    num_train_samples,
+    prepare_loader,
+    reload_loaders,
+    reloads_every,
+    repeated_samples,
+    set_reloads_every,
+    to_device,
+    train_data,
+    train_loader,
+)
+from lightning_continual._host.loops import (
+    batches_processed,
+    callbacks_of,
+    data_module_of,
+    epoch_was_cut_short,
+    epochs_processed,
+    fast_dev_run,
+    forget_broken_epoch,
+    is_between_epochs,
+    is_checkpoint,
+    is_compiled,
+    is_overridden,
+    leave_epoch,
+    logs_now,
+    position,
+    set_callbacks,
+    set_limits,
+)
+from lightning_continual._host.methods import batch_hook_owner, require_batch_hooks, unwrap_methods, wrap_method
+from lightning_continual._host.processes import (
+    all_sum,
+    gather,
+    is_distributed,
+    leave_process_group_at_exit,
+    random_state,
+    random_state_kept,
+    set_random_state,
+)
+from lightning_continual._host.progress import progress
+from lightning_continual._host.scoring import score
+from lightning_continual._host.traces import observing, without_trace
+
+__all__ = [
+    "all_sum",
+    "batch_hook_owner",
+    "batches_processed",
+    "callbacks_of",
+    "data_module_of",
+    "drop_early_loaders",
+    "epoch_was_cut_short",
+    "epochs_processed",
+    "fast_dev_run",
+    "forget_broken_epoch",
+    "gather",
+    "gradient_scale",
+    "in_order",
+    "is_between_epochs",
+    "is_checkpoint",
+    "is_compiled",
+    "is_distributed",
+    "is_overridden",
+    "leave_epoch",
+    "leave_process_group_at_exit",
+    "load_loaders",
+    "logs_now",
+    "loss_of",
+    "loss_scale",
+    "num_batches",
+    "num_train_samples",
+    "observing",
+    "position",
+    "prepare_loader",
+    "progress",
+    "random_state",
+    "random_state_kept",
+    "reload_loaders",
+    "reloads_every",
+    "repeated_samples",
+    "require_batch_hooks",
+    "require_visible_gradients",
+    "score",
+    "set_callbacks",
+    "set_limits",
+    "set_random_state",
+    "set_reloads_every",
+    "to_device",
+    "train_data",
+    "train_loader",
+    "training_loss",
+    "unwrap_methods",
+    "without_trace",
+    "wrap_method",
+]

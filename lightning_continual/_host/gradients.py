@@ -1,0 +1,53 @@
+"""Where a penalty joins the gradients, and the loss they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+
+def require_visible_gradients(trainer: Any, who: str) -> None:
+    """Raise if the strategy keeps gradients where a callback cannot see them by parameter."""
+    strategy = type(trainer.strategy).__name__
+    if strategy in ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"):
+        raise MisconfigurationException(
+            f"`{who}` needs the whole gradient of each parameter, but `{strategy}` shards them. Use 'ddp', or one"
+            " device."
+        )
+
+
+def loss_scale(trainer: Any) -> float:
+    """Return the factor by which a GradScaler lifts the loss out of the rounding of half precision; 1 without one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def gradient_scale(trainer: Any, optimizer: Any) -> float:
+    """Return the factor of the gradients in ``on_before_optimizer_step``.
+
+    It is 1, but with a GradScaler and an optimizer that unscales by itself, as fused ones do.
+    """
+    return loss_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
+
+
+def training_loss(trainer: Any, batch: Any) -> Tensor:
+    """Return the loss of ``training_step`` for a batch on the device; to be called `without_trace`."""
+    module = trainer.lightning_module
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    arguments = (batch, 0) if takes_index else (batch,)
+    with trainer.precision_plugin.train_step_context():
+        return loss_of(module.training_step(*arguments))
+
+
+def loss_of(output: Any) -> Tensor:
+    """Return the loss in what a ``training_step`` returned: a tensor, or a mapping with the key ``"loss"``."""
+    loss = output["loss"] if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"`training_step` must return a loss (a tensor, or a mapping with the key 'loss'), but returned {output!r}."
+        )
+    return loss
