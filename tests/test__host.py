@@ -701,3 +701,32 @@ def test_a_rich_line_is_hidden_after_an_exception_too(trainer: Callable[..., L.T
             assert not ours.visible
 
     trainer(Fail(), RichProgressBar(), enable_progress_bar=True, max_epochs=1).fit(Classifier(), train_loader())
+
+
+# --- Training data, read anew -----------------------------------------------------------------------------------------
+
+
+class Evens(torch.utils.data.Sampler[list[int]]):
+    """Yields batches of its own making, of no fixed size."""
+
+    def __iter__(self) -> Any:
+        yield from ([0, 2], [4])
+
+    def __len__(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({"batch_size": 3}, [3, 2]),
+        ({"batch_sampler": torch.utils.data.BatchSampler(range(9), 2, drop_last=True)}, [2, 2, 1]),
+        ({"batch_sampler": Evens()}, [5]),
+    ],
+    ids=["batch_size", "batch_sampler", "custom"],
+)
+def test_places_are_read_in_order_whatever_makes_the_batches(options: dict[str, Any], sizes: list[int]) -> None:
+    loader = DataLoader(TensorDataset(torch.arange(9)), **options)
+    batches = [batch.tolist() for (batch,) in _host.in_order(loader, [8, 1, 5, 0, 3])]
+    assert [place for batch in batches for place in batch] == [8, 1, 5, 0, 3]
+    assert [len(batch) for batch in batches] == sizes
