@@ -74,6 +74,6 @@ def test_a_stream_runs_from_a_configuration(
     run("fit", "--config", str(CONFIG), *options, "--data.num_tasks=2")
     printed = capsys.readouterr().out
     assert "val_acc" in printed
-    assert "of from scratch" in printed
+    assert "from scratch" in printed
     (log,) = tmp_path.rglob("metrics.csv")
     assert "val_acc/average_accuracy" in log.read_text()

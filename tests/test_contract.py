@@ -152,7 +152,7 @@ def identical(one: Any, two: Any) -> bool:
         return False
     if isinstance(one, dict):
         return one.keys() == two.keys() and all(
-            name == "seconds" or identical(value, two[name]) for name, value in one.items()
+            name.endswith("seconds") or identical(value, two[name]) for name, value in one.items()
         )
     if isinstance(one, list | tuple):
         return len(one) == len(two) and all(map(identical, one, two))

@@ -27,9 +27,10 @@ class CostCallback(ContinualCallback):
     .. math:: \text{ratio} = \frac{n_t}{E_t \sum_{s \le t} N_s}
 
     with :math:`n_t` the samples trained in task t, :math:`E_t` its epochs, and :math:`N_s` the size of the training set
-    of task s. Its seconds and FLOPs are those of this task, divided by the ratio.
+    of task s. Its samples, seconds and FLOPs are those of this task, divided by the ratio.
 
-    To every logger go ``cost/samples``, ``cost/seconds``, ``cost/flops`` and ``cost/ratio`` after each task.
+    To every logger go ``cost/samples``, ``cost/seconds``, ``cost/flops`` and ``cost/ratio`` after each task, and the
+    first three of training from scratch, ``cost/scratch_samples`` and so on. They are printed when the fit ends.
 
     Args:
         verbose: Whether to print a table when the fit ends.
@@ -46,7 +47,8 @@ class CostCallback(ContinualCallback):
         super().__init__()
         self.verbose = verbose
         self.tasks: list[dict[str, float]] = []
-        """For each task ended ``samples``, ``seconds``, ``flops``, ``size`` (of its training set) and ``ratio``."""
+        """For each task ended ``samples``, ``seconds``, ``flops``, the same of training from scratch
+        (``scratch_samples``, ...), ``size`` (of its training set) and ``ratio``."""
         self._now = {"samples": 0.0, "seconds": 0.0, "flops_per_sample": 0.0, "epochs_before": 0.0}
         self._since: float | None = None  # the clock's last reading; None where it stands
         self._counter: FlopCounterMode | None = None
@@ -97,13 +99,11 @@ class CostCallback(ContinualCallback):
         epochs = _host.epochs_processed(trainer) - self._now["epochs_before"]
         size = samples / epochs if (known := _host.num_train_samples(trainer)) is None else float(known)
         seen = size + sum(one["size"] for one in self.tasks)
-        summary = {
-            "samples": samples,
-            "seconds": self._now["seconds"],
-            "flops": self._now["flops_per_sample"] * samples,
-            "size": size,
-            "ratio": samples / (epochs * seen),
-        }
+        ratio = samples / (epochs * seen)
+        flops = self._now["flops_per_sample"] * samples
+        cost = {"samples": samples, "seconds": self._now["seconds"], "flops": flops}
+        scratch = {f"scratch_{name}": value / ratio for name, value in cost.items()}
+        summary = {**cost, **scratch, "size": size, "ratio": ratio}
         self.tasks.append(summary)
         for logger in trainer.loggers:
             metrics = {f"cost/{name}": value for name, value in summary.items() if name != "size"}
@@ -122,13 +122,18 @@ class CostCallback(ContinualCallback):
         super().on_exception(trainer, pl_module, exception)
 
     def table(self) -> str:
-        """Return what each task cost as a table, the ratio as that to training from scratch on everything seen."""
-        lines = [f"{'task':>5} {'samples':>12} {'seconds':>10} {'GFLOPs':>12} {'of from scratch':>16}"]
-        for number, task in enumerate(self.tasks):
-            flops = f"{task['flops'] / 1e9:,.1f}" if task["flops"] else "-"
-            lines.append(
-                f"{number:>5} {task['samples']:>12,.0f} {task['seconds']:>10.1f} {flops:>12} {task['ratio']:>16.3f}"
-            )
+        """Return what each task and the whole stream cost, and beside it what training from scratch would have."""
+        columns = "samples", "seconds", "flops", "scratch_samples", "scratch_seconds", "scratch_flops"
+        total = {name: sum(task[name] for task in self.tasks) for name in columns}
+        total["ratio"] = total["samples"] / total["scratch_samples"]
+        heads = f"{'samples':>12} {'seconds':>10} {'GFLOPs':>12}"
+        lines = [f"{'':>5} {'this':>12} {'from scratch':>36}", f"{'task':>5} {heads} {heads} {'ratio':>7}"]
+        for name, task in [*((str(number), task) for number, task in enumerate(self.tasks)), ("all", total)]:
+            cells = f"{name:>5}"
+            for prefix in ("", "scratch_"):
+                flops = f"{task[f'{prefix}flops'] / 1e9:,.1f}" if task[f"{prefix}flops"] else "-"
+                cells += f" {task[f'{prefix}samples']:>12,.0f} {task[f'{prefix}seconds']:>10.1f} {flops:>12}"
+            lines.append(f"{cells} {task['ratio']:>7.3f}")
         return "\n".join(lines)
 
     # --- State --------------------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ def test_samples_and_the_ratio_to_training_from_scratch_are_counted(trainer: Mak
     trainer(TaskStream(epochs_per_task=2), cost).fit(Classifier(), datamodule=data)
     assert [task["samples"] for task in cost.tasks] == [32, 48, 16]
     assert [task["ratio"] for task in cost.tasks] == [32 / 32, 48 / (2 * 40), 16 / (2 * 48)]
+    assert [task["scratch_samples"] for task in cost.tasks] == [32, 80, 96]
+    assert cost.tasks[1]["scratch_flops"] == pytest.approx(cost.tasks[1]["flops"] * 80 / 48)
     assert cost.total()["samples"] == 96
 
 
@@ -74,7 +76,7 @@ def test_counts_go_on_after_a_resume(trainer: MakeTrainer, tmp_path: Path) -> No
         data = ContinualDataModule(make_tasks([16, 16]), batch_size=4)
         torch.manual_seed(0)
         trainer(TaskStream(), cost, *extra).fit(Classifier(), datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-        return [{name: value for name, value in task.items() if name != "seconds"} for task in cost.tasks]
+        return [{name: value for name, value in task.items() if "seconds" not in name} for task in cost.tasks]
 
     assert run(Save()) == run(ckpt_path=tmp_path / "middle.ckpt")
 
@@ -85,9 +87,14 @@ def test_every_task_is_logged_and_the_table_printed(
     logger = CSVLogger(tmp_path)
     data = ContinualDataModule(make_tasks([16, 16]), batch_size=4)
     trainer(TaskStream(), CostCallback(), logger=logger, log_every_n_steps=1).fit(Classifier(), datamodule=data)
-    assert capsys.readouterr().out.count("\n") == 3
+    first, heads, *tasks, whole = capsys.readouterr().out.splitlines()
+    assert "from scratch" in first
+    assert heads.split() == ["task", *2 * ["samples", "seconds", "GFLOPs"], "ratio"]
+    assert [line.split()[0] for line in tasks] == ["0", "1"]
+    assert whole.split()[0] == "all"
+    assert whole.split()[-1] == f"{32 / 48:.3f}"
     log = (Path(logger.log_dir) / "metrics.csv").read_text()
-    for name in ("samples", "seconds", "flops", "ratio"):
+    for name in ("samples", "seconds", "flops", "ratio", "scratch_samples", "scratch_seconds", "scratch_flops"):
         assert f"cost/{name}" in log
 
 
