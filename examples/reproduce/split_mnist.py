@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--methods", nargs="+", choices=PUBLISHED, default=["nothing", "empirical"])
     parser.add_argument(
-        "--strengths", nargs="+", type=float, default=[1e4], help="of EWC; the published one is the best"
+        "--strengths", nargs="+", type=float, default=[1e8], help="of EWC; the published one is the best"
     )
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="lightning")
