@@ -218,7 +218,8 @@ def check_finite(moments: Moments, names: Iterable[str], number: int) -> None:
         if not is_finite:
             raise ValueError(
                 f"Gradients must be finite, but those of parameter {name!r} are not in batch {number} (counted from 0)."
-                " Look for NaN in the data, for weights that diverged, or for a loss that is undefined for a single sample."
+                " Look for NaN in the data, for weights that diverged, or for a loss that is undefined for a single"
+                " sample."
             )
 
 
