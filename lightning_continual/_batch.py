@@ -70,6 +70,40 @@ def size(batch: Any) -> int:
     return len(flatten(batch)[0][0])
 
 
+def require_stacked(batch: Any, batch_size: int) -> None:
+    """Raise if a batch is, or holds, a list of samples that were not stacked.
+
+    Such a list looks like one of parts, and the first dimension of a sample like that of the batch.
+
+    Args:
+        batch: A batch, as the data loader makes it.
+        batch_size: The number of samples that it should hold.
+
+    Raises:
+        ValueError: If it has another number of samples, and holds a list of ``batch_size`` tensors or mappings.
+
+    Example:
+        >>> require_stacked([torch.zeros(4, 3), torch.zeros(4)], batch_size=4)
+    """
+    found = size(batch)
+    if found != batch_size and _holds_samples(batch, batch_size):
+        raise ValueError(
+            f"A batch must be stacked, but this one of {batch_size} samples holds a list of {batch_size} entries. Stack"
+            " or pad the samples in `collate_fn`, so that every part is a tensor with a first dimension of the batch"
+            " size."
+        )
+
+
+def _holds_samples(node: Any, batch_size: int) -> bool:
+    children = (
+        list(node.values()) if isinstance(node, Mapping) else list(node) if isinstance(node, list | tuple) else []
+    )
+    is_list = isinstance(node, list | tuple) and not hasattr(node, "_fields")
+    if is_list and len(children) == batch_size and all(isinstance(child, Tensor | Mapping) for child in children):
+        return True
+    return any(_holds_samples(child, batch_size) for child in children)
+
+
 def take(leaves: Sequence[Leaf], index: Tensor) -> list[Leaf]:
     """Return the samples at ``index`` (int64, ``(N,)``) of every leaf."""
     rows: list[int] | None = None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import fsspec
 import lightning.pytorch as L
 import torch
 from lightning.fabric.utilities import rank_zero_warn
@@ -51,6 +54,7 @@ class ContinualCallback(L.Callback):
         """Start a task, where one fit is one task."""
         self._has_trained = True
         if _stream(trainer) is None and not self._in_task:
+            self._warn_of_the_same_task(trainer)
             with _host.random_state_kept():
                 _start(self, trainer, self._current_task(trainer))
 
@@ -82,6 +86,14 @@ class ContinualCallback(L.Callback):
         self._tasks_ended = state_dict["tasks_ended"]
         self._in_task = state_dict["in_task"]
 
+    def _warn_of_the_same_task(self, trainer: L.Trainer) -> None:
+        data = _host.data_module_of(trainer)
+        if isinstance(data, ContinualDataModule) and data.current_task < self._tasks_ended:
+            rank_zero_warn(
+                f"{type(self).__name__} has ended task {data.current_task} before, and this fit trains it again. Set"
+                " `current_task` of the data module before each fit, or add a `TaskStream`, which does."
+            )
+
     def _current_task(self, trainer: L.Trainer) -> int:
         task = getattr(_host.data_module_of(trainer), "current_task", None)
         return self._tasks_ended if task is None else int(task)
@@ -95,8 +107,8 @@ class TaskStream(L.Callback):
     ``on_task_start`` is called. One fit means one logger run with a step that goes on, one wrapping by DDP, any
     launcher, and checkpoints that resume to the bit, within a task or at its boundary.
 
-    The boundary comes after every other callback's ``on_train_epoch_end`` and before checkpoints are saved. The stream
-    moves itself to that place in the Trainer's list.
+    A task ends after every other callback's ``on_train_epoch_end``, before checkpoints are saved, and begins before
+    every other callback's ``on_train_epoch_start``. The stream takes these places in the Trainer's list itself.
 
     A fit that ends inside an epoch (an exception, ``trainer.should_stop``) does not end the task: the next ``fit`` of
     the same Trainer trains that epoch anew, or, with ``steps_per_task``, the steps that are left.
@@ -185,10 +197,15 @@ class TaskStream(L.Callback):
                 f"`TaskStream` decides how long to train, but got `Trainer(max_epochs={trainer.max_epochs})`. Leave"
                 " `max_epochs` out, or pass -1."
             )
+        if any(_host.is_checkpoint(one) and getattr(one, "monitor", None) for one in _host.callbacks_of(trainer)):
+            rank_zero_warn(
+                "A checkpoint callback with `monitor` keeps the checkpoint that was best on the task then in training,"
+                " often an early one, which knows nothing of later tasks. Leave `monitor` out to keep the last."
+            )
         # A new list: Lightning is walking over the old one.
-        others = [one for one in _host.callbacks_of(trainer) if one is not self]
+        others = [one for one in _host.callbacks_of(trainer) if one is not self and not isinstance(one, _TaskOpener)]
         place = len(others) - sum(map(_host.is_checkpoint, others))
-        _host.set_callbacks(trainer, [*others[:place], self, *others[place:]])
+        _host.set_callbacks(trainer, [_TaskOpener(self), *others[:place], self, *others[place:]])
         if trainer.world_size > 1:
             _host.leave_process_group_at_exit()
         self._has_trained = False
@@ -209,8 +226,8 @@ class TaskStream(L.Callback):
         if self._task >= data.num_tasks:
             raise MisconfigurationException(
                 f"This stream has ended: all {data.num_tasks} tasks are trained. To train it again, make a new Trainer"
-                " and new callbacks; to go on with more tasks, pass a `ContinualDataModule` with the old tasks and the"
-                " new ones."
+                " and new callbacks, without the `ckpt_path` of a finished run; to go on with more tasks, pass a"
+                " `ContinualDataModule` with the old tasks and the new ones."
             )
         data.current_task = self._task
         _host.drop_early_loaders(trainer)
@@ -244,8 +261,8 @@ class TaskStream(L.Callback):
 
             _host.wrap_method(trainer.strategy, "on_train_start", self, put_back)
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin the next task, now that its loader is there."""
+    def open_task(self, trainer: L.Trainer) -> None:
+        """Begin the next task if the last has ended, now that its loader is there; called by the stream itself."""
         if not self._in_task:
             self._start_task(trainer)
 
@@ -416,6 +433,17 @@ class TaskStream(L.Callback):
         return data
 
 
+class _TaskOpener(L.Callback):
+    """Stands first among the callbacks, so that a task has begun when the others learn of its first epoch."""
+
+    def __init__(self, stream: TaskStream) -> None:
+        self.stream = stream
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin the next task."""
+        self.stream.open_task(trainer)
+
+
 class TaskEarlyStopping(L.Callback):
     """Ends a task, not the stream, when a metric has stopped improving.
 
@@ -518,21 +546,26 @@ class TaskEarlyStopping(L.Callback):
         self._validated, self._latest = state_dict["validated"], state_dict["latest"]
 
 
-def restore(checkpoint: str | Path, model: L.LightningModule, callbacks: Iterable[L.Callback]) -> None:
+def restore(
+    checkpoint: str | Path, model: L.LightningModule, callbacks: Iterable[L.Callback], *, weights_only: bool = True
+) -> None:
     """Load a deployed model for its next update: its weights, and what the callbacks know.
 
     Unlike ``trainer.fit(ckpt_path=)`` this takes nothing of the old run's course: no epoch counters, no optimizer
     state. The next fit is the next task.
 
     Args:
-        checkpoint: A file that ``trainer.save_checkpoint`` (or a checkpoint callback) wrote.
+        checkpoint: A file, or an address that fsspec knows, which ``trainer.save_checkpoint`` (or a checkpoint
+            callback) wrote.
         model: A module of the checkpoint's architecture; its weights and buffers are replaced.
         callbacks: The callbacks that will be given to the next Trainer. One about which the checkpoint knows nothing
             keeps its state, with a warning.
+        weights_only: Whether to load nothing but tensors and plain values. A checkpoint that you trust may hold other
+            objects, as hyperparameters; load it with False.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a `TaskStream` is among the callbacks.
+        ValueError: If a `TaskStream` is among the callbacks, or the checkpoint holds objects of other kinds.
 
     Example:
         >>> import tempfile
@@ -546,27 +579,38 @@ def restore(checkpoint: str | Path, model: L.LightningModule, callbacks: Iterabl
         >>> torch.equal(model.layer.weight, deployed.layer.weight)
         True
     """
-    path = Path(checkpoint)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint {str(path)!r}. Pass a file that `save_checkpoint` wrote.")
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    path = os.fspath(checkpoint)
     callbacks = list(callbacks)
     if any(isinstance(one, TaskStream) for one in callbacks):
         raise ValueError(
             "`restore` begins a new run, but got a `TaskStream`, which continues one. Resume a stream by"
             " `trainer.fit(model, datamodule=data, ckpt_path=...)`."
         )
+    try:
+        with fsspec.open(path, "rb") as file:
+            loaded = torch.load(file, map_location="cpu", weights_only=weights_only)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"There is no checkpoint {path!r}. Pass a file that `save_checkpoint` wrote."
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path!r} holds more than tensors and plain values, for example among its hyperparameters. If you trust"
+            " it, pass `weights_only=False`."
+        ) from error
+    if _host.is_overridden("configure_model", model):
+        model.configure_model()  # makes the layers whose weights are loaded
     model.on_load_checkpoint(loaded)
     model.load_state_dict(loaded["state_dict"])
     states = loaded.get("callbacks", {})
     for callback in callbacks:
         if callback.state_key not in states:
-            rank_zero_warn(f"{str(path)!r} holds nothing about {callback.state_key}: it begins with what it has.")
+            rank_zero_warn(f"{path!r} holds nothing about {callback.state_key}: it begins with what it has.")
             continue
         callback.load_state_dict(states[callback.state_key])
         if isinstance(callback, ContinualCallback) and callback._in_task:
             rank_zero_warn(
-                f"{str(path)!r} was saved inside a task: what {callback.state_key} learns at the task's end is not in"
+                f"{path!r} was saved inside a task: what {callback.state_key} learns at the task's end is not in"
                 " it. Save by `trainer.save_checkpoint(...)` after `fit`."
             )
             callback._in_task = False

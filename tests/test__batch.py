@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_continual._batch import flatten, join, size, take
+from lightning_continual._batch import flatten, join, require_stacked, size, take
 
 
 class Pair(NamedTuple):
@@ -229,3 +229,33 @@ def test_a_column_does_not_join_a_tensor() -> None:
 def test_batches_of_different_parts_do_not_join() -> None:
     with pytest.raises(ValueError, match="the same parts, but got 1 and 2 of them"):
         join([numbers(1)], [numbers(1), numbers(1)])
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [torch.zeros(3, 8, 8) for _ in range(4)],
+        ([torch.zeros(3, 8, 8) for _ in range(4)], torch.zeros(3)),
+        {"boxes": [{"xy": torch.zeros(3, 2)} for _ in range(4)]},
+    ],
+    ids=["list", "pair", "mappings"],
+)
+def test_samples_that_were_not_stacked_are_told_from_parts(batch: Any) -> None:
+    with pytest.raises(
+        ValueError, match="A batch must be stacked, but this one of 4 samples holds a list of 4 entries"
+    ):
+        require_stacked(batch, 4)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [torch.zeros(2, 3), torch.zeros(2)],  # two parts of two samples
+        [torch.zeros(3, 3), torch.zeros(3)],  # the last batch
+        {"x": torch.zeros(1, 4), "word": ["a"]},
+    ],
+    ids=["parts", "last", "mapping"],
+)
+@pytest.mark.parametrize("batch_size", [4, 8])
+def test_stacked_batches_are_left_alone(batch: Any, batch_size: int) -> None:
+    require_stacked(batch, batch_size)

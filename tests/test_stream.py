@@ -6,7 +6,7 @@ import csv
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as L
 import pytest
@@ -350,7 +350,7 @@ def test_checkpoints_hold_what_the_boundary_left(trainer: Callable[..., L.Traine
     states = [torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True) for epoch in range(4)]
     assert [state["callbacks"]["Method"]["ended"] for state in states] == [[], [0], [0], [0, 1]]
     assert [state["callbacks"]["TaskStream"]["task"] for state in states] == [0, 1, 1, 2]
-    assert [type(one) for one in fit.callbacks] == [Method, TaskStream, ModelCheckpoint]
+    assert [type(one) for one in fit.callbacks[1:]] == [Method, TaskStream, ModelCheckpoint]
     assert method.ended == [0, 1]
 
 
@@ -1066,3 +1066,72 @@ def test_what_a_module_keeps_in_a_checkpoint_itself_is_restored(
     again = Own()
     restore(tmp_path / "own.ckpt", again, [])
     assert again.vocabulary == ("a", "b")
+
+
+def test_other_callbacks_meet_the_tasks_own_optimizer_at_its_first_epoch(
+    trainer: Callable[..., L.Trainer], data: ContinualDataModule
+) -> None:
+    class Looks(L.Callback):
+        rates: ClassVar[list[float]] = []
+
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 0:
+                assert self.rates[-1] == trainer.optimizers[0].param_groups[0]["lr"]
+
+    fit = trainer(Looks(), TaskStream(epochs_per_task=2))
+    fit.fit(Classifier(schedule=True), datamodule=data)
+    assert Looks.rates[0] == Looks.rates[2] == Looks.rates[4] != Looks.rates[1]
+
+
+def test_a_checkpoint_callback_that_monitors_is_warned_of(
+    trainer: Callable[..., L.Trainer], data: ContinualDataModule
+) -> None:
+    fit = trainer(TaskStream(), ModelCheckpoint(monitor="val_acc"), enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="keeps the checkpoint that was best on the task then in training"):
+        fit.fit(Classifier(), datamodule=data)
+
+
+def test_training_a_task_again_without_a_stream_is_warned_of(trainer: Callable[..., L.Trainer]) -> None:
+    data, method = ContinualDataModule(make_tasks([8, 8]), batch_size=4), ContinualCallback()
+    trainer(method, max_epochs=1).fit(Classifier(), datamodule=data)
+    with pytest.warns(UserWarning, match="has ended task 0 before, and this fit trains it again"):
+        trainer(method, max_epochs=1).fit(Classifier(), datamodule=data)
+
+
+def test_a_checkpoint_with_other_objects_is_restored_by_those_who_trust_it(
+    trainer: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    class Parametrized(Classifier):
+        def __init__(self, folder: Path) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    deployed, module = Parametrized(tmp_path), Parametrized(tmp_path)
+    fit = trainer(max_epochs=1)
+    fit.fit(deployed, torch.utils.data.DataLoader(make_tasks([8])[0].train, 4))
+    fit.save_checkpoint(tmp_path / "deployed.ckpt")
+    with pytest.raises(ValueError, match=r"holds more than tensors and plain values.*`weights_only=False`"):
+        restore(tmp_path / "deployed.ckpt", module, [])
+    restore(tmp_path / "deployed.ckpt", module, [], weights_only=False)
+    assert torch.equal(module.net[0].weight, deployed.net[0].weight)
+
+
+def test_layers_made_in_configure_model_are_restored(trainer: Callable[..., L.Trainer], tmp_path: Path) -> None:
+    class Late(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.net
+
+        def configure_model(self) -> None:
+            if not hasattr(self, "net"):
+                self.net = torch.nn.Sequential(torch.nn.Linear(4, 6))
+
+    deployed, module = Late(), Late()
+    fit = trainer(max_epochs=1)
+    fit.fit(deployed, torch.utils.data.DataLoader(make_tasks([8])[0].train, 4))
+    fit.save_checkpoint(tmp_path / "deployed.ckpt")
+    restore(f"file://{tmp_path}/deployed.ckpt", module, [])
+    assert torch.equal(module.net[0].weight, deployed.net[0].weight)

@@ -23,8 +23,10 @@ from lightning_continual._host.loaders import (
     repeated_samples,
     set_reloads_every,
     to_device,
+    train_batch_size,
     train_data,
     train_loader,
+    validation_limit,
 )
 from lightning_continual._host.loops import (
     batches_processed,
@@ -102,10 +104,12 @@ __all__ = [
     "set_random_state",
     "set_reloads_every",
     "to_device",
+    "train_batch_size",
     "train_data",
     "train_loader",
     "training_loss",
     "unwrap_methods",
+    "validation_limit",
     "without_trace",
     "wrap_method",
 ]

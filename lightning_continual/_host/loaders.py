@@ -54,6 +54,11 @@ def train_loader(trainer: Any) -> DataLoader[Any]:
     return loader
 
 
+def train_batch_size(trainer: Any) -> Any:
+    """Return the ``batch_size`` of the training loader, or ``None`` where it has none."""
+    return getattr(trainer.train_dataloader, "batch_size", None)
+
+
 def num_train_samples(trainer: Any) -> int | None:
     """Return the size of the training set over all processes, or ``None`` where it cannot be told."""
     loader = trainer.train_dataloader
@@ -64,6 +69,17 @@ def num_batches(loader: Any) -> int | None:
     """Return the length of a loader, or ``None`` where it has none."""
     length: int | None = sized_len(loader)
     return length
+
+
+def validation_limit(trainer: Any, loader: Any) -> int | None:
+    """Return to how many batches of a loader the Trainer limits validation; ``None`` where it does not.
+
+    Validation that is switched off, by 0, is no limit.
+    """
+    limit, length = trainer.limit_val_batches, num_batches(loader)
+    if isinstance(limit, float):
+        return None if limit in (0.0, 1.0) or length is None else max(1, int(length * limit))
+    return limit or None
 
 
 def in_order(loader: DataLoader[Any], places: Sequence[int]) -> DataLoader[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +37,7 @@ def score(
     """
     module, connector = trainer.lightning_module, trainer._logger_connector
     takes_index = is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2)
+    takes_loader = "dataloader_idx" in inspect.signature(module.validation_step).parameters
 
     def hook(name: str, *args: Any) -> None:
         call._call_lightning_module_hook(trainer, name, *args)
@@ -50,9 +52,9 @@ def score(
             batch = to_device(trainer, batch)
             connector.on_batch_start(batch)
             hook("on_validation_batch_start", batch, index)
-            output = call._call_strategy_hook(
-                trainer, "validation_step", *((batch, index) if takes_index else (batch,))
-            )
+            arguments = (batch, index) if takes_index else (batch,)
+            loader_index = {"dataloader_idx": 0} if takes_loader else {}
+            output = call._call_strategy_hook(trainer, "validation_step", *arguments, **loader_index)
             hook("on_validation_batch_end", output, batch, index)
             connector.on_batch_end()
             if tick is not None:

@@ -22,9 +22,9 @@ class AccuracyMatrixCallback(ContinualCallback):
 
     .. math:: R_{ij} = \text{score on task } j \text{ after training through task } i
 
-    The score is what ``trainer.validate`` would log under ``monitor`` for the task's data, to all digits and over all
-    processes, without a second loader in the module (no ``dataloader_idx``) and without a trace: modes, gradients,
-    random state, metrics and what is logged in the fit stay as they were.
+    The score is what ``trainer.validate`` with the same ``limit_val_batches`` would log under ``monitor`` for the data
+    of the task, to all digits and over all processes, whether the module expects one loader or several, and without a
+    trace: modes, gradients, random state, metrics and what is logged in the fit stay as they were.
 
     To every logger go ``{monitor}/task_{j}`` for each task and the numbers of `AccuracyMatrix.summary`
     (``{monitor}/average_accuracy``, ...); to W&B also a table ``{monitor}/matrix`` and a heat map
@@ -130,13 +130,14 @@ class AccuracyMatrixCallback(ContinualCallback):
             self._log(trainer, trained, scores)
 
     def _score(self, trainer: L.Trainer, loaders: list[Any], description: str, limit: int | None = None) -> list[float]:
-        limit = limit or _host.fast_dev_run(trainer) or None
+        limits = [limit or _host.validation_limit(trainer, loader) for loader in loaders]
         lengths = [_host.num_batches(loader) for loader in loaders]
-        total = None if None in lengths else sum(min(length, limit or length) for length in lengths if length)
+        pairs = zip(lengths, limits, strict=True)
+        total = None if None in lengths else sum(min(length, most or length) for length, most in pairs if length)
         scores = []
         with _host.progress(trainer, total, description) as tick:
-            for task, loader in enumerate(loaders):
-                logged = _host.score(trainer, loader, limit=limit, tick=tick)
+            for task, (loader, most) in enumerate(zip(loaders, limits, strict=True)):
+                logged = _host.score(trainer, loader, limit=most, tick=tick)
                 if self.monitor not in logged:
                     raise MisconfigurationException(
                         f"`AccuracyMatrixCallback(monitor={self.monitor!r})` found no such metric on task {task};"

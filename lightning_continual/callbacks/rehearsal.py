@@ -157,6 +157,8 @@ class RehearsalCallback(ContinualCallback):
             return batch
         leaves, rebuild = _batch.flatten(batch)
         num_new = len(leaves[0])
+        if (batch_size := _host.train_batch_size(trainer)) not in (None, num_new):
+            _batch.require_stacked(batch, batch_size)
         share = self.proportion if self.mode == "replace" else self.proportion / (1 - self.proportion)
         past = self.memory.draw(round(share * num_new), before=self._task, selection=self.selection)
         self._fresh = None

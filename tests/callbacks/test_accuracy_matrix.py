@@ -425,6 +425,7 @@ class Verbose(Classifier):
         assert self.trainer.progress_bar_metrics is not None
 
 
+@pytest.mark.filterwarnings("ignore:A checkpoint callback with `monitor`")
 @pytest.mark.parametrize("engine", ["stream", "fit"])
 def test_what_the_users_callbacks_see_and_decide_is_the_same(
     trainer: Callable[..., L.Trainer], tmp_path: Path, engine: str
@@ -629,3 +630,30 @@ def test_tasks_of_one_sample_and_one_task_are_a_matrix(trainer: Callable[..., L.
     data = ContinualDataModule([Task(one, one, one)], batch_size=4)
     trainer(TaskStream(), matrix).fit(Classifier(), datamodule=data)
     assert matrix.matrix.compute().shape == (1, 1)
+
+
+def test_a_module_that_expects_several_loaders_is_served(trainer: Callable[..., L.Trainer]) -> None:
+    class Several(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:  # type: ignore[override]
+            assert dataloader_idx == 0
+            super().validation_step(batch, batch_idx)
+
+    matrix = AccuracyMatrixCallback(verbose=False)
+    data = ContinualDataModule(make_tasks([8, 8], val=False), batch_size=4)
+    trainer(TaskStream(), matrix).fit(Several(), datamodule=data)
+    assert not matrix.matrix.compute().isnan().any()
+
+
+@pytest.mark.parametrize(("limit", "batches"), [(1, 1), (0.5, 3), (1.0, 6), (0, 6)])
+def test_scoring_is_limited_as_validation_is(trainer: Callable[..., L.Trainer], limit: float, batches: int) -> None:
+    class Counts(Classifier):
+        scored = 0
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.scored += 1
+            super().validation_step(batch, batch_idx)
+
+    module, matrix = Counts(), AccuracyMatrixCallback(baseline=False, verbose=False)
+    data = ContinualDataModule(make_tasks([24], val=False), batch_size=4)
+    trainer(TaskStream(), matrix, limit_val_batches=limit).fit(module, datamodule=data)
+    assert module.scored == 1 + batches  # one to try the metric
