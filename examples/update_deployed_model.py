@@ -8,6 +8,9 @@ A model is trained on the first months. Each further month arrives in its own pr
 checkpoint, trains on the month, and saves. What comes out is compared with training from scratch on everything seen:
 accuracy on held-out data of every month (CSV, and a plot over the months), and what an update costs.
 
+``--search 0.1 1 10`` first chooses the strength of EWC beside rehearsal: the last of the first months plays the update,
+and the share of the first months' training data that is then held out is scored.
+
 The drift of digits and Fashion-MNIST: in month m of M images are turned by 90 m / M degrees, and a class c of 10 comes
 with a frequency proportional to exp(cos(2 pi (c / 10 - m / M))). Elec2 (Harries 1999) drifts by itself.
 """
@@ -29,7 +32,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from lightning_continual import CostCallback, EWCCallback, RehearsalCallback, Task, restore, split_by_time
 
@@ -177,6 +180,34 @@ def score(model: L.LightningModule, months: list[Task]) -> list[float]:
     return [trainer.validate(model, loader, verbose=False)[0]["val_acc"] for loader in loaders]
 
 
+def search(options: argparse.Namespace) -> float:
+    """Return the strength that serves best when the last of the first months is an update."""
+    months = [
+        split_for_search(task) for task in load_months(options.data, options.folder, options.months)[: options.first]
+    ]
+    results = {}
+    for strength in options.search:
+        accuracies = []
+        for seed in range(options.seeds):
+            L.seed_everything(seed, verbose=False)
+            model = Classifier(months[0].train[0][0].numel(), 2 if options.data == "elec2" else 10, options.lr)
+            callbacks = METHODS["rehearsal 50 % + EWC"](strength)
+            for part in (months[:-1], months[-1:]):
+                train = ConcatDataset([task.train for task in part])
+                loader = DataLoader(train, batch_size=options.batch_size, shuffle=True)
+                make_trainer(callbacks, max_epochs=options.epochs).fit(model, loader)
+            accuracies.append(statistics.mean(score(model, months)))
+        results[strength] = statistics.mean(accuracies)
+        print(f"strength {strength:g}: {100 * results[strength]:.2f} % on the validation data", flush=True)
+    return max(results, key=results.__getitem__)
+
+
+def split_for_search(task: Task) -> Task:
+    order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(0)).tolist()
+    held = len(order) // 5
+    return Task(Subset(task.train, order[held:]), test=Subset(task.train, order[:held]))
+
+
 # --- All months, and what came out ------------------------------------------------------------------------------------
 
 
@@ -251,6 +282,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--gate", type=float, help="refuse an update that loses more accuracy than this on old months")
+    parser.add_argument(
+        "--search", type=float, nargs="+", help="strengths of EWC to choose from, on a validation month"
+    )
     parser.add_argument("--month", type=int, help=argparse.SUPPRESS)  # in the process of one month
     for name, kind in (("months", int), ("first", int), ("epochs", int), ("lr", float), ("strength", float)):
         parser.add_argument(f"--{name}", type=kind, help=f"by default {[s[name] for s in SETTINGS.values()]}")
@@ -262,6 +296,7 @@ def main() -> None:
     if options.month is not None:
         run_month(options, options.month)
         return
+    strength = search(options) if options.search else options.strength
     for seed in range(options.seeds):
         for method in METHODS:
             folder = options.output / "checkpoints" / f"{method}-{seed}"
@@ -269,7 +304,8 @@ def main() -> None:
             (folder / "history.jsonl").unlink(missing_ok=True)
     for month in range(options.first - 1, options.months):
         print(f"month {month + 1} of {options.months}", file=sys.stderr)
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--month", str(month)], check=True)
+        told = ["--month", str(month), "--strength", str(strength)]
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], *told], check=True)
     report(options)
 
 

@@ -31,7 +31,8 @@ def read(path: Path) -> dict[str, dict[str, str]]:
 def test_a_deployed_model_is_updated_month_by_month(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
-    printed = run("update_deployed_model.py", "--months", "5", "--first", "3", folder=tmp_path)
+    months = "--months", "5", "--first", "3"
+    printed = run("update_deployed_model.py", *months, "--search", "1", "100", folder=tmp_path)
     table = read(tmp_path / "deployed" / "table.csv")
     accuracy = {method: float(row["accuracy"]) for method, row in table.items()}
     assert len(accuracy) == 7
@@ -39,6 +40,7 @@ def test_a_deployed_model_is_updated_month_by_month(tmp_path: Path) -> None:
     assert float(table["from scratch"]["share_of_samples"]) == 1
     assert float(table["nothing"]["share_of_samples"]) < 0.3
     assert all(method in printed for method in accuracy)
+    assert printed.count("% on the validation data") == 2
     with (tmp_path / "deployed" / "accuracy.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 7 * 5
     assert (tmp_path / "deployed" / "time_decay.png").read_bytes().startswith(b"\x89PNG")
