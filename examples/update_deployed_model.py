@@ -37,21 +37,21 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from lightning_continual import CostCallback, EWCCallback, RehearsalCallback, Task, restore, split_by_time
 
 MEMORY = 20_000
-METHODS: dict[str, Callable[[float], list[L.Callback]]] = {
-    "nothing": lambda strength: [],
-    "rehearsal 10 %": lambda strength: [RehearsalCallback(MEMORY, 0.10)],
-    "rehearsal 25 %": lambda strength: [RehearsalCallback(MEMORY, 0.25)],
-    "rehearsal 50 %": lambda strength: [RehearsalCallback(MEMORY, 0.50)],
-    "EWC": lambda strength: [EWCCallback(strength)],
-    "rehearsal 50 % + EWC": lambda strength: [RehearsalCallback(MEMORY, 0.50), EWCCallback(strength)],
-    "from scratch": lambda strength: [],
+METHODS: dict[str, Callable[[argparse.Namespace], list[L.Callback]]] = {
+    "nothing": lambda options: [],
+    "rehearsal 10 %": lambda options: [RehearsalCallback(MEMORY, 0.10)],
+    "rehearsal 25 %": lambda options: [RehearsalCallback(MEMORY, 0.25)],
+    "rehearsal 50 %": lambda options: [RehearsalCallback(MEMORY, 0.50)],
+    "EWC": lambda options: [EWCCallback(options.strength)],
+    "rehearsal 50 % + EWC": lambda options: [RehearsalCallback(MEMORY, 0.50), EWCCallback(options.beside)],
+    "from scratch": lambda options: [],
 }
 FROM_SCRATCH = "from scratch"
-# Months in all, months of the first training, epochs, learning rate, and the strength of EWC.
+# Months in all, months of the first training, epochs, learning rate, the strength of EWC, and that beside rehearsal.
 SETTINGS = {
-    "digits": {"months": 8, "first": 4, "epochs": 10, "lr": 3e-3, "strength": 30.0},
-    "fashion": {"months": 12, "first": 4, "epochs": 3, "lr": 1e-3, "strength": 30.0},
-    "elec2": {"months": 31, "first": 10, "epochs": 5, "lr": 1e-3, "strength": 30.0},
+    "digits": {"months": 8, "first": 4, "epochs": 10, "lr": 3e-3, "strength": 30.0, "beside": 0.03},
+    "fashion": {"months": 12, "first": 4, "epochs": 3, "lr": 1e-3, "strength": 30.0, "beside": 0.03},
+    "elec2": {"months": 31, "first": 10, "epochs": 5, "lr": 1e-3, "strength": 30.0, "beside": 0.03},
 }
 
 
@@ -140,7 +140,7 @@ def run_month(options: argparse.Namespace, month: int) -> None:
             L.seed_everything(1000 * seed + month, verbose=False)
             model = Classifier(x.numel(), num_classes, options.lr)
             cost = CostCallback(verbose=False)
-            callbacks = [*METHODS[method](options.strength), cost]
+            callbacks = [*METHODS[method](options), cost]
             folder = options.output / "checkpoints" / f"{method}-{seed}"
             deployed = folder / "deployed.ckpt"
             is_first = month == options.first - 1
@@ -191,7 +191,7 @@ def search(options: argparse.Namespace) -> float:
         for seed in range(options.seeds):
             L.seed_everything(seed, verbose=False)
             model = Classifier(months[0].train[0][0].numel(), 2 if options.data == "elec2" else 10, options.lr)
-            callbacks = METHODS["rehearsal 50 % + EWC"](strength)
+            callbacks = METHODS["rehearsal 50 % + EWC"](argparse.Namespace(beside=strength))
             for part in (months[:-1], months[-1:]):
                 train = ConcatDataset([task.train for task in part])
                 loader = DataLoader(train, batch_size=options.batch_size, shuffle=True)
@@ -286,7 +286,14 @@ def main() -> None:
         "--search", type=float, nargs="+", help="strengths of EWC to choose from, on a validation month"
     )
     parser.add_argument("--month", type=int, help=argparse.SUPPRESS)  # in the process of one month
-    for name, kind in (("months", int), ("first", int), ("epochs", int), ("lr", float), ("strength", float)):
+    for name, kind in (
+        ("months", int),
+        ("first", int),
+        ("epochs", int),
+        ("lr", float),
+        ("strength", float),
+        ("beside", float),
+    ):
         parser.add_argument(f"--{name}", type=kind, help=f"by default {[s[name] for s in SETTINGS.values()]}")
     options = parser.parse_args()
     for name, value in SETTINGS[options.data].items():
@@ -296,7 +303,7 @@ def main() -> None:
     if options.month is not None:
         run_month(options, options.month)
         return
-    strength = search(options) if options.search else options.strength
+    beside = search(options) if options.search else options.beside
     for seed in range(options.seeds):
         for method in METHODS:
             folder = options.output / "checkpoints" / f"{method}-{seed}"
@@ -304,7 +311,7 @@ def main() -> None:
             (folder / "history.jsonl").unlink(missing_ok=True)
     for month in range(options.first - 1, options.months):
         print(f"month {month + 1} of {options.months}", file=sys.stderr)
-        told = ["--month", str(month), "--strength", str(strength)]
+        told = ["--month", str(month), "--beside", str(beside)]
         subprocess.run([sys.executable, __file__, *sys.argv[1:], *told], check=True)
     report(options)
 
