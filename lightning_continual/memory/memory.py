@@ -306,7 +306,8 @@ class Memory(ABC):
 
     def _write(self, leaves: Sequence[Leaf], columns: dict[str, Tensor], positions: Tensor, slots: Tensor) -> None:
         """Put the samples at ``positions`` of a batch into ``slots``."""
-        self._store.put(slots, take(leaves, positions))
+        is_whole = torch.equal(positions, torch.arange(len(leaves[0])))  # as while a memory fills: no copy then
+        self._store.put(slots, leaves if is_whole else take(leaves, positions))
         counts = torch.bincount(columns["tasks"][positions], minlength=len(self._per_task))
         counts[: len(self._per_task)] += self._per_task
         if int(slots.min()) < self._length:

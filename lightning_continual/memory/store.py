@@ -56,7 +56,7 @@ class RamStore:
         for number, (column, leaf) in enumerate(zip(self._columns, leaves, strict=True)):
             if isinstance(column, Tensor) and isinstance(leaf, Tensor):
                 self._columns[number] = column = grown(column, size)
-                column[slots] = leaf.detach().cpu()
+                column.index_copy_(0, slots, leaf.detach().cpu())
             elif isinstance(column, list):
                 column.extend([None] * (size - len(column)))
                 for slot, entry in zip(slots.tolist(), leaf, strict=True):

@@ -32,6 +32,19 @@ def test_a_reservoir_takes_100_000_samples_a_second():
     assert median("memory.add(block, task=0)", memory=memory, block=block) < 10 / 100_000
 
 
+def test_a_reservoir_takes_a_whole_stream_at_100_000_samples_a_second():
+    block = [torch.randn(10, 3, 32, 32), torch.arange(10)]
+
+    def stream():  # from the first sample on: it fills, then replaces less and less
+        memory = ReservoirMemory(2000)
+        for _ in range(2000):
+            memory.add(block, task=0)
+
+    seconds = median("stream()", stream=stream)
+    print(f"{20_000 / seconds:,.0f} samples a second")
+    assert seconds < 20_000 / 100_000
+
+
 def test_a_uniform_draw_from_a_million_takes_less_than_100_microseconds():
     memory = ReservoirMemory(1_000_000)
     for task in range(10):
