@@ -1,9 +1,10 @@
-"""What holds weights to where they were: softly, by a quadratic penalty."""
+"""What holds weights to where they were: softly, by a quadratic penalty; or hard, by a pin."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -115,17 +116,7 @@ class QuadraticPenalty:
             return self
         precision, shift = {}, {}
         for name, old in self.precision.items():
-            new = parameters.get(name)
-            if new is None:
-                raise ValueError(
-                    f"Parameter {name!r} is penalised, but the module has it no more. Restore into a module of the same"
-                    " architecture, or begin anew without the callback's state."
-                )
-            if new.shape[1:] != old.shape[1:] or new.ndim != old.ndim or new.shape[:1] < old.shape[:1]:
-                raise ValueError(
-                    f"Parameter {name!r} is penalised with shape {tuple(old.shape)}, but has shape {tuple(new.shape)}."
-                    " Only rows (outputs) may be added. Restore into a module of the same architecture."
-                )
+            new = _successor(name, old, parameters, "penalised")
             precision[name], shift[name] = (_grown(value, new) for value in (old, self.shift[name]))
         return QuadraticPenalty(precision, shift, self.residual)
 
@@ -156,12 +147,147 @@ class QuadraticPenalty:
         return cls(dict(state_dict["precision"]), dict(state_dict["shift"]), float(state_dict["residual"]))
 
 
+@dataclass(frozen=True)
+class Pin:
+    r"""Holds some weights at values, to the bit, whatever an optimizer does.
+
+    .. math:: g_i \leftarrow 0, \qquad \theta_i \leftarrow v_i \qquad \text{for every pinned } i
+
+    The first before a step, so that clipping by norm sees the truth; the second after it, for momentum, weight decay
+    and Adam move a weight whose gradient is zero.
+
+    Pins combine by ``a | b``, which holds what either holds; nothing is changed in place.
+
+    Args:
+        pinned: What is held (bool), by parameter name. Names that are missing are free.
+        values: What it is held at, of the same names and shapes; what stands where nothing is pinned does not count.
+
+    Example:
+        >>> pin = Pin({"w": torch.tensor([True, False])}, {"w": torch.tensor([5.0, 0.0])})
+        >>> weight = torch.tensor([1.0, 2.0])
+        >>> pin.put_back_({"w": weight})
+        >>> weight
+        tensor([5., 2.])
+    """
+
+    pinned: ParamDict = field(default_factory=dict)
+    values: ParamDict = field(default_factory=dict)
+
+    @classmethod
+    def at(cls, parameters: Mapping[str, Tensor], pinned: Mapping[str, Tensor]) -> Pin:
+        """Return the pin that holds ``pinned`` (bool, by name) where the parameters now are."""
+        kept = {name: one.detach().clone() for name, one in pinned.items()}
+        return cls(kept, {name: torch.where(one, parameters[name].detach(), 0) for name, one in kept.items()})
+
+    def __bool__(self) -> bool:
+        return bool(self.pinned)
+
+    def __or__(self, other: Pin) -> Pin:
+        pinned, values = dict(self.pinned), dict(self.values)
+        for name, theirs in other.pinned.items():
+            value = other.values[name]
+            if name in pinned:
+                ours = pinned[name]
+                if bool(((values[name] != value) & ours & theirs).any()):
+                    raise ValueError(
+                        f"Two pins must hold what they share at one value, but they hold weights of {name!r} at"
+                        " different ones. Free it in one of the two."
+                    )
+                theirs, value = ours | theirs, torch.where(ours, values[name], value)
+            pinned[name], values[name] = theirs, value
+        return Pin(pinned, values)
+
+    def num_pinned(self) -> int:
+        """Return how many weights are held."""
+        return sum(int(one.sum()) for one in self.pinned.values())
+
+    def aligned_with(self, parameters: Mapping[str, Tensor]) -> Pin:
+        """Return the pin for a module whose layers may have gained rows (outputs), which are free.
+
+        Args:
+            parameters: The module's parameters by name.
+
+        Returns:
+            The pin on the parameters' devices and in their types.
+
+        Raises:
+            ValueError: If a parameter has disappeared, or changed in another way; the error names it.
+        """
+        if all(name in parameters and _is_like(value, parameters[name]) for name, value in self.values.items()):
+            return self
+        pinned, values = {}, {}
+        for name, old in self.pinned.items():
+            new = _successor(name, old, parameters, "pinned")
+            pinned[name], values[name] = _grown(old, new), _grown(self.values[name], new).to(new.dtype)
+        return Pin(pinned, values)
+
+    def mask_gradients_(self, parameters: Mapping[str, Tensor]) -> None:
+        """Set the gradients of what is held to zero, in place; parameters without gradient stay without."""
+        names = [name for name in self.pinned if name in parameters and parameters[name].grad is not None]
+        with torch.no_grad():
+            for group in _groups(names, parameters):
+                grads = [_dense_gradient(parameters[name]) for name in group]
+                torch._foreach_mul_(grads, [self._free[name] for name in group])
+
+    def put_back_(self, parameters: Mapping[str, Tensor]) -> None:
+        """Set what is held to its values, in place. The rest must be finite."""
+        names = [name for name in self.pinned if name in parameters]
+        with torch.no_grad():
+            for group in _groups(names, parameters):
+                weights = [parameters[name].detach() for name in group]
+                # Several times faster than `where`, and as exact: a product with 1 and a sum with 0.
+                torch._foreach_mul_(weights, [self._free[name] for name in group])
+                held = [number for number, name in enumerate(group) if self._is_elsewhere[name]]
+                if held:
+                    values = [self.values[group[number]] for number in held]
+                    torch._foreach_add_([weights[number] for number in held], values)
+
+    @cached_property
+    def _free(self) -> ParamDict:
+        """1 where nothing is held, in the type of the weights."""
+        return {name: (~one).to(self.values[name].dtype) for name, one in self.pinned.items()}
+
+    @cached_property
+    def _is_elsewhere(self) -> dict[str, bool]:
+        """Whether anything of a parameter is held at another value than zero."""
+        return {name: bool(value.any()) for name, value in self.values.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors."""
+        return {"pinned": dict(self.pinned), "values": dict(self.values)}
+
+    @classmethod
+    def from_state_dict(cls, state_dict: dict[str, Any]) -> Pin:
+        """Return what `state_dict` was taken of."""
+        return cls(dict(state_dict["pinned"]), dict(state_dict["values"]))
+
+
 def _precise(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _fits(value: Tensor, like: Tensor) -> bool:
     return value.shape == like.shape and value.device == like.device
+
+
+def _is_like(value: Tensor, like: Tensor) -> bool:
+    return _fits(value, like) and value.dtype == like.dtype
+
+
+def _successor(name: str, old: Tensor, parameters: Mapping[str, Tensor], how: str) -> Tensor:
+    """Return the parameter ``name``, which may have more rows than ``old`` had, and must not differ otherwise."""
+    new = parameters.get(name)
+    if new is None:
+        raise ValueError(
+            f"Parameter {name!r} is {how}, but the module has it no more. Restore into a module of the same"
+            " architecture, or begin anew without the callback's state."
+        )
+    if new.shape[1:] != old.shape[1:] or new.ndim != old.ndim or new.shape[:1] < old.shape[:1]:
+        raise ValueError(
+            f"Parameter {name!r} is {how} with shape {tuple(old.shape)}, but has shape {tuple(new.shape)}. Only rows"
+            " (outputs) may be added. Restore into a module of the same architecture."
+        )
+    return new
 
 
 def _grown(value: Tensor, like: Tensor) -> Tensor:

@@ -71,11 +71,11 @@ class ContinualCallback(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the user's objects as they were."""
-        _host.unwrap_methods(self)
+        _host.release(self)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the user's objects as they were: Lightning does not call `teardown` after an exception."""
-        _host.unwrap_methods(self)
+        _host.release(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the callback knows, in tensors and plain values."""
@@ -307,7 +307,7 @@ class TaskStream(L.Callback):
             self._leave(trainer)
 
     def _leave(self, trainer: L.Trainer) -> None:
-        _host.unwrap_methods(self)
+        _host.release(self)
         self._reload_as_before(trainer)
         self._reload_every = None
 

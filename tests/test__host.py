@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import Classifier, make_tasks
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from torchmetrics import CatMetric, MaxMetric, MeanMetric, MetricCollection, Min
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
 
 from lightning_continual import _host
+from lightning_continual.constraints import Pin
 from lightning_continual.data import ContinualDataModule
 from lightning_continual.stream import TaskStream
 
@@ -730,3 +732,56 @@ def test_places_are_read_in_order_whatever_makes_the_batches(options: dict[str, 
     batches = [batch.tolist() for (batch,) in _host.in_order(loader, [8, 1, 5, 0, 3])]
     assert [place for batch in batches for place in batch] == [8, 1, 5, 0, 3]
     assert [len(batch) for batch in batches] == sizes
+
+
+# --- After a step -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_done_after_a_step_can_be_replaced_and_forgotten() -> None:
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer, calls = torch.optim.SGD([parameter], lr=0.1), []
+    _host.after_step(optimizer, "one", lambda: calls.append("first"))
+    _host.after_step(optimizer, "one", lambda: calls.append("second"))
+    _host.after_step(optimizer, "two", lambda: calls.append("other"))
+    optimizer.step()
+    assert sorted(calls) == ["other", "second"]
+    _host.forget_steps("one")
+    _host.release("two")
+    optimizer.step()
+    assert len(calls) == 2
+    _host.forget_steps("three")
+
+
+class Pinned(L.Callback):
+    """Holds the first layer's first row, as a method that pins does."""
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        if not hasattr(self, "pin"):
+            rows = torch.zeros_like(pl_module.net[0].weight, dtype=torch.bool)
+            rows[0] = True
+            self.pin = Pin.at(dict(pl_module.named_parameters()), {"net.0.weight": rows})
+        _host.hold(pl_module, optimizer, self, self.pin)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
+        {"plugins": "scaler"},
+        {"precision": "bf16-mixed"},
+        {"devices": 2, "strategy": "ddp_fork"},
+    ],
+    ids=str,
+)
+def test_what_is_held_stays_where_it_was_through_a_fit(
+    trainer: Callable[..., L.Trainer], options: dict[str, Any]
+) -> None:
+    if "plugins" in options:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)  # overflows at first
+        options = {"plugins": MixedPrecision("16-mixed", "cpu", scaler=scaler)}
+    module, data = Classifier(), ContinualDataModule(make_tasks(val=False), batch_size=4)
+    before = module.net[0].weight.detach().clone()
+    trainer(Pinned(), max_epochs=2, **options).fit(module, datamodule=data)
+    assert torch.equal(module.net[0].weight[0], before[0])
+    assert not torch.equal(module.net[0].weight[1:], before[1:])

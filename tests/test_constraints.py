@@ -1,15 +1,16 @@
-"""The quadratic penalty: its algebra, its gradient, its value."""
+"""The quadratic penalty: its algebra, its gradient, its value. The pin: what it holds through optimizers."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from lightning_continual.constraints import QuadraticPenalty
+from lightning_continual.constraints import Pin, QuadraticPenalty
 
 
 @pytest.fixture
@@ -179,3 +180,126 @@ def test_nothing_is_no_penalty(model: nn.Module) -> None:
     assert QuadraticPenalty().value(parameters_of(model)) == 0
     QuadraticPenalty().add_gradient_(parameters_of(model), strength=1.0)
     assert all(p.grad is None for p in model.parameters())
+
+
+# --- Pin --------------------------------------------------------------------------------------------------------------
+
+
+def random_pin(model: nn.Module, seed: int = 0, share: float = 0.5) -> Pin:
+    generator = torch.Generator().manual_seed(seed)
+    parameters = parameters_of(model)
+    return Pin.at(
+        parameters, {name: torch.rand(p.shape, generator=generator) < share for name, p in parameters.items()}
+    )
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
+    "fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_what_is_pinned_stays_to_the_bit_and_the_rest_is_trained(model: nn.Module, make: Callable[..., object]) -> None:
+    optimizer: torch.optim.Optimizer = make(model.parameters())
+    inputs = torch.randn(8, 3, dtype=torch.float64)
+    for _ in range(2):  # momentum from before
+        model(inputs).square().sum().backward()
+        optimizer.step()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    pin = random_pin(model)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(inputs).square().sum().backward()
+        pin.mask_gradients_(parameters_of(model))
+        assert all(bool((p.grad[pin.pinned[name]] == 0).all()) for name, p in model.named_parameters())
+        optimizer.step()
+        pin.put_back_(parameters_of(model))
+    for name, p in model.named_parameters():
+        held = pin.pinned[name]
+        assert torch.equal(p[held], before[name][held])
+        assert not (p[~held] == before[name][~held]).any()
+
+
+def test_a_pin_at_zero_holds_zeros(model: nn.Module) -> None:
+    pinned = {"0.weight": torch.eye(4, 3) > 0}
+    Pin(pinned, {"0.weight": torch.zeros(4, 3, dtype=torch.float64)}).put_back_(parameters_of(model))
+    assert torch.equal(model[0].weight == 0, pinned["0.weight"])
+
+
+def test_the_union_of_pins_holds_what_either_holds(model: nn.Module) -> None:
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    one, two = random_pin(model, 0), random_pin(model, 1)
+    del two.pinned["0.bias"], two.values["0.bias"], one.pinned["2.bias"], one.values["2.bias"]
+    both = one | two
+    for p in model.parameters():
+        p.data.fill_(7.0)
+    both.put_back_(parameters_of(model))
+    for name, p in model.named_parameters():
+        nothing = torch.zeros_like(p, dtype=torch.bool)
+        held = one.pinned.get(name, nothing) | two.pinned.get(name, nothing)
+        assert torch.equal(p, torch.where(held, before[name], 7.0))
+    assert both.num_pinned() == sum(int((p != 7.0).sum()) for p in model.parameters())
+
+
+def test_pins_that_disagree_do_not_unite(model: nn.Module) -> None:
+    one = random_pin(model, share=1.0)
+    model[2].bias.data += 1.0
+    with pytest.raises(ValueError, match=r"at one value, but they hold weights of '2\.bias' at different ones"):
+        one | random_pin(model, share=1.0)
+
+
+def test_missing_gradients_stay_missing_and_other_parameters_are_left_alone(model: nn.Module) -> None:
+    pin = random_pin(model, share=1.0)
+    model[0].weight.grad = torch.ones(4, 3, dtype=torch.float64)
+    model[0].bias.grad = torch.ones(4, dtype=torch.float64)
+    pin.mask_gradients_({"0.weight": model[0].weight, "2.weight": model[2].weight})
+    assert not model[0].weight.grad.any()
+    assert model[0].bias.grad.all()
+    assert model[2].weight.grad is None
+
+
+def test_new_rows_of_a_pinned_layer_are_free(model: nn.Module) -> None:
+    pin = random_pin(model, share=1.0)
+    grown = {**parameters_of(model), "2.weight": nn.Parameter(torch.ones(3, 4, dtype=torch.float64))}
+    pin.aligned_with(grown).put_back_(grown)
+    assert torch.equal(grown["2.weight"][:2], model[2].weight)
+    assert torch.equal(grown["2.weight"][2], torch.ones(4, dtype=torch.float64))
+    assert pin.aligned_with(parameters_of(model)) is pin
+
+
+def test_a_pinned_parameter_that_disappeared_or_changed_is_named(model: nn.Module) -> None:
+    pin = random_pin(model)
+    parameters = parameters_of(model)
+    with pytest.raises(ValueError, match=r"'2\.bias' is pinned, but the module has it no more"):
+        pin.aligned_with({name: p for name, p in parameters.items() if name != "2.bias"})
+    with pytest.raises(ValueError, match=r"'0\.weight' is pinned with shape \(4, 3\), but has shape \(4, 2\)"):
+        pin.aligned_with({**parameters, "0.weight": torch.zeros(4, 2, dtype=torch.float64)})
+
+
+def test_a_pin_follows_the_type_of_the_weights(model: nn.Module) -> None:
+    pin = random_pin(model)
+    model.bfloat16()
+    aligned = pin.aligned_with(parameters_of(model))
+    aligned.put_back_(parameters_of(model))
+    for name, p in model.named_parameters():
+        held = pin.pinned[name]
+        assert torch.equal(p[held], pin.values[name][held].bfloat16())
+
+
+def test_the_state_of_a_pin_loads_with_weights_only(model: nn.Module) -> None:
+    pin, file = random_pin(model), io.BytesIO()
+    torch.save(pin.state_dict(), file)
+    file.seek(0)
+    again = Pin.from_state_dict(torch.load(file, weights_only=True))
+    assert all(torch.equal(again.pinned[name], value) for name, value in pin.pinned.items())
+    assert all(torch.equal(again.values[name], value) for name, value in pin.values.items())
+
+
+def test_an_empty_pin_is_no_pin() -> None:
+    assert not Pin()
+    assert not Pin() | Pin()
+    assert Pin().num_pinned() == 0

@@ -4,6 +4,8 @@ Everything here was measured with Lightning 2.6 and stands under test in ``tests
 package speaks to a Trainer through documented names and through this module.
 """
 
+from typing import Any
+
 from lightning_continual._host.gradients import (
     gradient_scale,
     loss_of,
@@ -58,9 +60,18 @@ from lightning_continual._host.processes import (
 )
 from lightning_continual._host.progress import progress
 from lightning_continual._host.scoring import score
+from lightning_continual._host.steps import after_step, forget_steps, hold, parameters_of
 from lightning_continual._host.traces import observing, without_trace
 
+
+def release(key: Any) -> None:
+    """Take away every wrapped method and everything after steps that was put there under ``key``."""
+    unwrap_methods(key)
+    forget_steps(key)
+
+
 __all__ = [
+    "after_step",
     "all_sum",
     "batch_hook_owner",
     "batches_processed",
@@ -71,8 +82,10 @@ __all__ = [
     "epochs_processed",
     "fast_dev_run",
     "forget_broken_epoch",
+    "forget_steps",
     "gather",
     "gradient_scale",
+    "hold",
     "in_order",
     "is_between_epochs",
     "is_checkpoint",
@@ -88,11 +101,13 @@ __all__ = [
     "num_batches",
     "num_train_samples",
     "observing",
+    "parameters_of",
     "position",
     "prepare_loader",
     "progress",
     "random_state",
     "random_state_kept",
+    "release",
     "reload_loaders",
     "reloads_every",
     "repeated_samples",

@@ -159,12 +159,10 @@ class EWCCallback(ContinualCallback):
         """Add the penalty's gradient."""
         if self.strength == 0 or not self.penalty:
             return
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        everything = dict(pl_module.named_parameters())
-        parameters = {name: one for name, one in everything.items() if one.requires_grad and id(one) in own}
+        parameters = _host.parameters_of(pl_module, optimizer)
         if all(one.grad is None for one in parameters.values()):
             return  # `training_step` returned `None`: nothing is to move
-        self.penalty = self.penalty.aligned_with(everything)  # a head may have grown
+        self._fit_to(pl_module)  # a head may have grown
         self.penalty.add_gradient_(parameters, self.strength * _host.gradient_scale(trainer, optimizer))
 
     def on_train_batch_end(

@@ -1,0 +1,49 @@
+"""What is done right after an optimizer's step, while a fit runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_continual.constraints import Pin
+
+_hooks: WeakKeyDictionary[Optimizer, dict[Any, Any]] = WeakKeyDictionary()
+
+
+def parameters_of(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the parameters of ``module`` that an optimizer moves, by name; those frozen are left out."""
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return {name: one for name, one in module.named_parameters() if one.requires_grad and id(one) in own}
+
+
+def after_step(optimizer: Optimizer, key: Any, function: Callable[[], None]) -> None:
+    """Call ``function`` after each of an optimizer's steps; under the same ``key`` a later call takes its place.
+
+    A step that a GradScaler skips is none. Every function of a key is forgotten by `forget_steps`.
+    """
+    hooks = _hooks.setdefault(optimizer, {})
+    if key in hooks:
+        hooks[key].remove()
+    hooks[key] = optimizer.register_step_post_hook(lambda *args: function())
+
+
+def forget_steps(key: Any) -> None:
+    """Take away what was put after steps under ``key``; a key without is no error."""
+    for optimizer, hooks in list(_hooks.items()):
+        if key in hooks:
+            hooks.pop(key).remove()
+        if not hooks:
+            del _hooks[optimizer]
+
+
+def hold(module: nn.Module, optimizer: Optimizer, key: Any, pin: Pin) -> None:
+    """Hold what is pinned through the optimizer's next step; to be called in ``on_before_optimizer_step``."""
+    if not pin:
+        return
+    parameters = parameters_of(module, optimizer)
+    pin.mask_gradients_(parameters)
+    after_step(optimizer, key, lambda: pin.put_back_(parameters))
