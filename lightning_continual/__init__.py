@@ -1,6 +1,7 @@
 """Continual learning for PyTorch Lightning: callbacks for any ``LightningModule``."""
 
 from lightning_continual.callbacks.accuracy_matrix import AccuracyMatrixCallback
+from lightning_continual.callbacks.bandit_selection import BanditSelectionCallback
 from lightning_continual.callbacks.cost import CostCallback
 from lightning_continual.callbacks.ewc import EWCCallback
 from lightning_continual.callbacks.rehearsal import RehearsalCallback
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AccuracyMatrix",
     "AccuracyMatrixCallback",
+    "BanditSelectionCallback",
     "ClassBalancedMemory",
     "ContinualCallback",
     "ContinualDataModule",

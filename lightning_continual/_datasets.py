@@ -67,6 +67,34 @@ def labels_of(dataset: Dataset[Any], label: Callable[[Any], Any] | None = None) 
     return torch.tensor([_whole_number(read(dataset[index]), index) for index in range(size)], dtype=torch.int64)
 
 
+def labels_in_batch(batch: Any, size: int, label: Callable[[Any], Any] | None, who: str) -> Tensor:
+    """Return the labels of a batch of ``size`` samples, int64 ``(size,)`` on the CPU.
+
+    They are what ``label`` returns; by default the second part of a pair, or the entry ``"label"``, ``"labels"``,
+    ``"y"`` or ``"target"`` of a mapping.
+
+    Raises:
+        ValueError: If there are none; ``who`` needs them.
+
+    Example:
+        >>> labels_in_batch((torch.zeros(2, 3), torch.tensor([4, 5])), 2, None, "This")
+        tensor([4, 5])
+    """
+    if label is not None:
+        labels = label(batch)
+    elif isinstance(batch, Mapping):
+        labels = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    else:
+        labels = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
+    if not isinstance(labels, Tensor) or labels.shape != (size,) or labels.is_floating_point():
+        found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(
+            f"`{who}` needs labels, one whole number a sample, but found {found} for {size} samples. Pass `label=`, a"
+            " function from a batch to its labels."
+        )
+    return labels.detach().cpu().long()
+
+
 def known_labels(dataset: Any) -> Tensor | None:
     """Return the labels, int64 ``(N,)``, or ``None`` if samples would have to be read.
 

@@ -18,10 +18,12 @@ import lightning_continual
 
 PACKAGE = Path(lightning_continual.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-NUMERICS = ("parameters", "memory", "metrics", "importance", "constraints", "bandits", "_batch")
-GLUE = ("stream", "data", "callbacks", "_host", "cli", "demo")
+NUMERICS = ("parameters", "memory", "metrics", "importance", "constraints", "bandits", "compression", "_batch")
+GLUE = ("stream", "data", "callbacks", "selection", "_host", "cli", "demo")
 
 LONG = {
+    "callbacks/bandit_selection.py": "both selections behind one constructor, whose every argument is documented",
+    "memory/memory.py": "drawing, shares of processes and state, each with its docstring",
     "metrics.py": "one formula a function, each with its docstring; and the metric that collects the matrix",
     "stream.py": "the boundary and both ways to reach it",
     "tasks.py": "all ways to make a stream, each with its docstring",

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_continual import (
     AccuracyMatrixCallback,
+    BanditSelectionCallback,
     ClassBalancedMemory,
     ContinualDataModule,
     CostCallback,
@@ -90,6 +91,25 @@ ROWS = {
     "synapse and neuron": Row(
         active=lambda: SynapseNeuronCallback(0.01, 0.01),
         neutral=lambda: SynapseNeuronCallback(0.0, 0.0),
+    ),
+    "bandit of samples": Row(
+        active=lambda: BanditSelectionCallback("samples", budget=0.5, measure_every=2, memory=12),
+        neutral=lambda: BanditSelectionCallback("samples", budget=1.0, measure_every=2, memory=0),
+    ),
+    "bandit of samples, clustered": Row(
+        active=lambda: BanditSelectionCallback(
+            "samples", arms="kmeans", num_clusters=2, reward="grad_norm", measure_every=2, memory=12, policy="thompson"
+        ),
+        neutral=lambda: BanditSelectionCallback(arms=lambda batch: torch.zeros_like(batch[1])),  # one arm
+    ),
+    "bandit of weights": Row(
+        active=lambda: BanditSelectionCallback("weights", head="net.3.bias", budget=0.6, every=3),
+        neutral=lambda: BanditSelectionCallback("weights", head="net.3.bias", budget=1.0, every=3),
+        distributed=lambda: BanditSelectionCallback("weights", head="net.3.bias", budget=0.6, every=3),
+    ),
+    "bandit of weights, by unit": Row(
+        active=lambda: BanditSelectionCallback("weights", arms="units", budget=0.5, every=3, policy="exp3m"),
+        neutral=lambda: BanditSelectionCallback("weights", arms={"all": "*"}),  # one arm
     ),
     "task early stopping": Row(
         active=lambda: TaskEarlyStopping("val_loss", patience=1, min_delta=0.5),

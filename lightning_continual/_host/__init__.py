@@ -10,6 +10,7 @@ from lightning_continual._host.gradients import (
     gradient_scale,
     loss_of,
     loss_scale,
+    needs_every_gradient,
     require_visible_gradients,
     training_loss,
 )
@@ -47,11 +48,13 @@ from lightning_continual._host.loops import (
     position,
     set_callbacks,
     set_limits,
+    steps_now,
 )
 from lightning_continual._host.methods import batch_hook_owner, require_batch_hooks, unwrap_methods, wrap_method
 from lightning_continual._host.processes import (
     all_sum,
     gather,
+    gather_everywhere,
     is_distributed,
     leave_process_group_at_exit,
     random_state,
@@ -84,6 +87,7 @@ __all__ = [
     "forget_broken_epoch",
     "forget_steps",
     "gather",
+    "gather_everywhere",
     "gradient_scale",
     "hold",
     "in_order",
@@ -98,6 +102,7 @@ __all__ = [
     "logs_now",
     "loss_of",
     "loss_scale",
+    "needs_every_gradient",
     "num_batches",
     "num_train_samples",
     "observing",
@@ -118,6 +123,7 @@ __all__ = [
     "set_limits",
     "set_random_state",
     "set_reloads_every",
+    "steps_now",
     "to_device",
     "train_batch_size",
     "train_data",

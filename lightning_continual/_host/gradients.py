@@ -9,6 +9,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_continual._host.loops import is_compiled
+
 
 def require_visible_gradients(trainer: Any, who: str) -> None:
     """Raise if the strategy keeps gradients where a callback cannot see them by parameter."""
@@ -18,6 +20,17 @@ def require_visible_gradients(trainer: Any, who: str) -> None:
             f"`{who}` needs the whole gradient of each parameter, but `{strategy}` shards them. Use 'ddp', or one"
             " device."
         )
+
+
+def needs_every_gradient(trainer: Any) -> bool:
+    """Whether parameters must require gradients as they did at the start of the fit.
+
+    DDP waits for the gradient of each, unless it looks for unused ones; a compiled module is compiled anew for others.
+    """
+    options = getattr(trainer.strategy, "_ddp_kwargs", None)
+    waits = options is not None and (not options.get("find_unused_parameters") or options.get("static_graph", False))
+    module = trainer.lightning_module
+    return waits or is_compiled(module) or any(type(one).__name__ == "OptimizedModule" for one in module.modules())
 
 
 def loss_scale(trainer: Any) -> float:

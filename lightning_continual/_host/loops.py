@@ -95,6 +95,11 @@ def leave_epoch(trainer: Any) -> None:
         trainer.fit_loop.epoch_loop.batch_progress.current.completed = trainer.num_training_batches
 
 
+def steps_now(trainer: Any) -> bool:
+    """Whether this batch is the last that is accumulated before the optimizer's step."""
+    return not trainer.fit_loop._should_accumulate()
+
+
 def logs_now(trainer: Any) -> bool:
     """Whether the Trainer gives to its loggers what is logged in this ``on_train_batch_end``."""
     accumulates = trainer.lightning_module.automatic_optimization and trainer.fit_loop._should_accumulate()

@@ -66,6 +66,15 @@ def gather(value: Any) -> list[Any]:
     return [value] if values is None else values
 
 
+def gather_everywhere(value: Any) -> list[Any]:
+    """Return every process's ``value`` in the order of ranks on every process. A collective."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def all_sum(trainer: Any) -> Callable[[Tensor], Tensor]:
     """Return what sums a tensor over processes."""
 

@@ -1,6 +1,7 @@
 """The callbacks, one method each."""
 
 from lightning_continual.callbacks.accuracy_matrix import AccuracyMatrixCallback
+from lightning_continual.callbacks.bandit_selection import BanditSelectionCallback
 from lightning_continual.callbacks.cost import CostCallback
 from lightning_continual.callbacks.ewc import EWCCallback
 from lightning_continual.callbacks.rehearsal import RehearsalCallback
@@ -8,6 +9,7 @@ from lightning_continual.callbacks.synapse_neuron import SynapseNeuronCallback
 
 __all__ = [
     "AccuracyMatrixCallback",
+    "BanditSelectionCallback",
     "CostCallback",
     "EWCCallback",
     "RehearsalCallback",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_continual import _batch, _host
-from lightning_continual._datasets import LABEL_KEYS, labels_of, num_samples, require_num_samples
+from lightning_continual._datasets import labels_in_batch, labels_of, num_samples, require_num_samples
 from lightning_continual.data import ContinualDataModule
 from lightning_continual.memory import HerdingMemory, Memory, ReservoirMemory, Selection
 from lightning_continual.stream import ContinualCallback
@@ -303,15 +303,8 @@ class RehearsalCallback(ContinualCallback):
         return self.memory.needs_labels or self.selection == "balanced"
 
     def _labels(self, batch: Any, num_samples: int) -> Tensor:
-        labels = _find_labels(batch) if self.label is None else self.label(batch)
-        if not isinstance(labels, Tensor) or labels.shape != (num_samples,) or labels.is_floating_point():
-            who = type(self.memory).__name__ if self.memory.needs_labels else f"selection={self.selection!r}"
-            found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-            raise ValueError(
-                f"`{who}` needs labels, one whole number a sample, but found {found} for {num_samples} samples. Pass"
-                " `label=`, a function from a batch to its labels."
-            )
-        return labels.detach().cpu().long()
+        who = type(self.memory).__name__ if self.memory.needs_labels else f"selection={self.selection!r}"
+        return labels_in_batch(batch, num_samples, self.label, who)
 
     @staticmethod
     def _data(trainer: L.Trainer) -> ContinualDataModule:
@@ -322,13 +315,6 @@ class RehearsalCallback(ContinualCallback):
                 " no `ContinualDataModule`. Pass one, or leave `reload` out: then the exemplars are kept."
             )
         return data
-
-
-def _find_labels(batch: Any) -> Any:
-    """Return what is named like labels in a mapping, or the second part of a pair."""
-    if isinstance(batch, Mapping):
-        return next((batch[key] for key in LABEL_KEYS if key in batch), None)
-    return batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
 
 
 def _copy(leaf: _batch.Leaf) -> _batch.Leaf:

@@ -59,6 +59,7 @@ class Memory(ABC):
         self._num_seen = 0
         self._version = 0
         self._weights: tuple[tuple[int, int] | None, Tensor, Tensor] | None = None
+        self._by_label: tuple[tuple[int, int], tuple[Tensor, dict[int, range]]] | None = None
         self._take_share(0, 1)
 
     def __len__(self) -> int:
@@ -78,6 +79,11 @@ class Memory(ABC):
     def num_seen(self) -> int:
         """Number of samples ever offered."""
         return self._num_seen
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The memory's own random generator, which is part of its state."""
+        return self._generator
 
     @property
     def version(self) -> int:
@@ -153,6 +159,43 @@ class Memory(ABC):
             slots = self._draw_by_task(num, before, timescale if selection == "recent" else torch.inf)
         else:
             slots = self._draw_weighted(num, before, selection if callable(selection) else None)
+        return self.read(slots)
+
+    def slots_by_label(self, before: int) -> tuple[Tensor, dict[int, range]]:
+        """Return the slots of the exemplars of tasks before ``before``, sorted by label.
+
+        Args:
+            before: The present task.
+
+        Returns:
+            The slots ``(n,)``, and for each label the positions in them that have it.
+
+        Example:
+            >>> from lightning_continual.memory import ReservoirMemory
+            >>> memory = ReservoirMemory(capacity=10)
+            >>> memory.add([torch.tensor([1.0, 2.0, 3.0])], task=0, labels=torch.tensor([5, 7, 5]))
+            >>> memory.slots_by_label(before=1)
+            (tensor([0, 2, 1]), {5: range(0, 2), 7: range(2, 3)})
+        """
+        if self._by_label is None or self._by_label[0] != (self._version, before):
+            eligible = (self.tasks < before).nonzero().flatten()
+            labels, order = self.labels[eligible].sort(stable=True)
+            found, counts = torch.unique_consecutive(labels, return_counts=True)
+            ends = [0, *counts.cumsum(0).tolist()]
+            places = {label: range(*ends[number : number + 2]) for number, label in enumerate(found.tolist())}
+            self._by_label = (self._version, before), (eligible[order], places)
+        return self._by_label[1]
+
+    def read(self, slots: Tensor) -> list[Leaf]:
+        """Return the leaves of the exemplars in ``slots``; an empty list if there are none.
+
+        Example:
+            >>> from lightning_continual.memory import ReservoirMemory
+            >>> memory = ReservoirMemory(capacity=10)
+            >>> memory.add([torch.tensor([1.0, 2.0, 3.0])], task=0)
+            >>> memory.read(torch.tensor([2, 0]))
+            [tensor([3., 1.])]
+        """
         return self._store.get(slots) if len(slots) else []
 
     def distribute(self, rank: int, world_size: int) -> None:
@@ -245,7 +288,7 @@ class Memory(ABC):
         self._settle(chosen[0] if same else None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_generator": self._generator.get_state(), "_weights": None}
+        return {**self.__dict__, "_generator": self._generator.get_state(), "_weights": None, "_by_label": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
