@@ -1,0 +1,1 @@
+"""Smaller networks: what to take away, how to take it away, and what it then weighs."""
