@@ -179,6 +179,11 @@ class BanditSelectionCallback(ContinualCallback):
             self.weights = WeightSelection(dealt, partial(make_bandit, policy, seed=seed + 1), budgets[1], every)
         self._is_on = False
 
+    @property
+    def state_key(self) -> str:
+        """Tells one of each ``select`` apart in a Trainer's callbacks, so that policies can differ."""
+        return f"{type(self).__qualname__}{{'select': {self.select!r}}}"
+
     # --- During training ----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

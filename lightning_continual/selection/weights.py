@@ -80,6 +80,11 @@ class WeightSelection:
                 f" {float(arms.costs[smallest]):.3g} of the weights and the budget is {self.budget}. Raise it, or pass"
                 " `arms=` that are smaller."
             )
+        elif too_large := [name for name, cost in zip(arms.names, arms.costs, strict=True) if cost > self.budget]:
+            rank_zero_warn(
+                f"With `budget={self.budget}` these arms of weights are never trained, for each is larger than that:"
+                f" {too_large}. Raise the budget, or pass `arms=` that are smaller, as 'units'."
+            )
         self.cuts_backward = not _host.needs_every_gradient(trainer)
         if not (self.cuts_backward or self.is_idle):
             rank_zero_info(

@@ -725,6 +725,12 @@ def test_a_budget_that_no_arm_fits_is_told_before_training(trainer: Make) -> Non
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
+def test_arms_that_are_too_large_for_the_budget_are_told(trainer: Make) -> None:
+    bandit = BanditSelectionCallback("weights", budget=0.3)
+    with pytest.warns(UserWarning, match=r"are never trained, for each is larger than that: \['net.3', 'net.6'\]"):
+        trainer(bandit, max_epochs=1).fit(Deep(), loader())
+
+
 @pytest.mark.parametrize(
     ("arms", "found"),
     [
@@ -766,7 +772,7 @@ def test_a_module_of_other_arms_does_not_take_up_the_state(trainer: Make) -> Non
 
     stop = Stop()
     trainer(bandit, stop, max_epochs=1).fit(Deep(), loader())
-    other = BanditSelectionCallback("weights", arms={"a": "net.0.*", "b": "net.3.*"}, budget=0.6)
+    other = BanditSelectionCallback("weights", arms={"a": "net.0.*", "b": "net.3.*"}, budget=0.7)
     other.load_state_dict(stop.state)
     with pytest.raises(ValueError, match=r"The state knows the arms \['net.0', 'net.3', 'net.6'\], but the module has"):
         trainer(other, max_epochs=1).fit(Deep(), loader())
