@@ -4,6 +4,7 @@ from lightning_continual.callbacks.accuracy_matrix import AccuracyMatrixCallback
 from lightning_continual.callbacks.bandit_selection import BanditSelectionCallback
 from lightning_continual.callbacks.cost import CostCallback
 from lightning_continual.callbacks.ewc import EWCCallback
+from lightning_continual.callbacks.pruning import PruningCallback
 from lightning_continual.callbacks.rehearsal import RehearsalCallback
 from lightning_continual.callbacks.synapse_neuron import SynapseNeuronCallback
 from lightning_continual.data import ContinualDataModule
@@ -41,6 +42,7 @@ __all__ = [
     "EWCCallback",
     "HerdingMemory",
     "Memory",
+    "PruningCallback",
     "RehearsalCallback",
     "ReservoirMemory",
     "SynapseNeuronCallback",

@@ -25,6 +25,7 @@ from lightning_continual import (
     CostCallback,
     EWCCallback,
     HerdingMemory,
+    PruningCallback,
     RehearsalCallback,
     SynapseNeuronCallback,
     TaskEarlyStopping,
@@ -110,6 +111,20 @@ ROWS = {
     "bandit of weights, by unit": Row(
         active=lambda: BanditSelectionCallback("weights", arms="units", budget=0.5, every=3, policy="exp3m"),
         neutral=lambda: BanditSelectionCallback("weights", arms={"all": "*"}),  # one arm
+    ),
+    "pruning": Row(
+        active=lambda: PruningCallback("obd-sd", 0.5),
+        neutral=lambda: PruningCallback("obd-sd", 0.0),
+        distributed=lambda: PruningCallback("obd-sd", 0.5, rounds=2),
+    ),
+    "pruning, by steps": Row(
+        active=lambda: PruningCallback("obd", 0.6, when={"every_n_steps": 1}, rounds=2, schedule="cubic"),
+        neutral=lambda: PruningCallback("random", 0.0, when=[0, 1]),
+    ),
+    "pruning, units": Row(
+        active=lambda: PruningCallback("merge", 0.5, level="unit", when=[0]),
+        neutral=lambda: PruningCallback("merge", 0.0, level="unit"),
+        distributed=lambda: PruningCallback("merge", 0.5, level="unit", when=[0]),
     ),
     "task early stopping": Row(
         active=lambda: TaskEarlyStopping("val_loss", patience=1, min_delta=0.5),

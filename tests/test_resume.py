@@ -14,7 +14,7 @@ from conftest import Classifier, make_tasks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_continual.callbacks import AccuracyMatrixCallback, RehearsalCallback
+from lightning_continual.callbacks import AccuracyMatrixCallback, BanditSelectionCallback, RehearsalCallback
 from lightning_continual.data import ContinualDataModule
 from lightning_continual.memory import ClassBalancedMemory, HerdingMemory, TaskMemory
 from lightning_continual.stream import TaskEarlyStopping, TaskStream
@@ -86,6 +86,12 @@ RUNS = {
         TaskStream(epochs_per_task=2),
     ],
     "reload": lambda: [RehearsalCallback(12, reload=True), TaskStream(epochs_per_task=2)],
+    "bandits": lambda: [
+        BanditSelectionCallback(
+            "both", budget=(0.75, 0.6), head="net.3.bias", every=3, measure_every=2, memory=12, policy="thompson"
+        ),
+        TaskStream(epochs_per_task=2),
+    ],
 }
 
 
