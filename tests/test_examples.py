@@ -57,6 +57,20 @@ def test_a_gate_refuses_an_update_that_forgets(tmp_path: Path) -> None:
     assert {path.name for path in folder.glob("*.ckpt")} == {"deployed.ckpt", "refused-3.ckpt"}
 
 
+def test_bandits_retrain_at_equal_budget(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    printed = run("bandit_retraining.py", "--seeds", "1", "--epochs", "1", folder=tmp_path)
+    table = read(tmp_path / "bandits" / "table.csv")
+    assert len(table) == 12
+    assert float(table["full retraining"]["backward FLOPs"]) == 1
+    assert float(table["full retraining"]["weights"]) == 1
+    for method in ("random weights", "bandit weights", "bandit samples and weights"):
+        assert float(table[method]["backward FLOPs"]) < float(table["uniform rehearsal"]["backward FLOPs"]) < 0.3
+        assert float(table[method]["weights"]) < 0.45  # and the head
+    assert float(table["bandit samples"]["old"].split()[0]) > 80
+    assert all(method in printed for method in table)
+
+
 def test_the_settings_of_the_published_numbers_run(tmp_path: Path, real_data: Path) -> None:
     pytest.importorskip("torchvision")
     folder = ["--folder", str(real_data), "--seeds", "1"]

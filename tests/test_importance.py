@@ -439,6 +439,18 @@ def test_results_have_the_shape_and_type_of_the_parameters(small, dtype):
         assert not found[name].requires_grad
 
 
+def test_a_batch_norm_in_half_precision_is_served():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    x, y = torch.randn(16, 4), torch.arange(16) % 3
+    whole = empirical_fisher(model, cross_entropy(model), [(x, y)])
+    model.bfloat16()
+    half = empirical_fisher(model, cross_entropy(model), [(x.bfloat16(), y)])
+    for name, value in whole.items():
+        # Gradients have the precision of bfloat16, 1/256, and are squared.
+        assert_close(half[name].float().sum(), value.sum(), rtol=0.05, atol=0)
+
+
 def test_in_half_precision_squares_do_not_underflow(small):
     model, x, y = small
     expected = empirical_fisher(model, cross_entropy(model), [(x, y)])

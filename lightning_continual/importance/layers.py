@@ -192,7 +192,13 @@ def _batch_norm(
             "A sample has no gradient of its own where a batch normalisation uses the statistics of the batch, but"
             " this module has one that does so in evaluation mode. Use `track_running_stats=True`, or GroupNorm."
         )
-    normalise = partial(F.batch_norm, running_mean=running_mean, running_var=running_var, eps=eps)
+
+    def normalise(x: Tensor) -> Tensor:
+        # Without weights it takes no half precision beside statistics of half precision.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        mean, var = (None if one is None else one.to(dtype) for one in (running_mean, running_var))
+        return F.batch_norm(x.to(dtype), mean, var, eps=eps)
+
     return Call(input, _affine(weight, bias, normalise, _sum_to_channel))
 
 

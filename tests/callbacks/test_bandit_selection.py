@@ -28,6 +28,7 @@ from lightning_continual import (
     ReservoirMemory,
     Task,
     TaskStream,
+    split_by_class,
 )
 from lightning_continual.bandits import EpsilonGreedy
 
@@ -919,3 +920,30 @@ def test_it_finds_the_two_layers_of_six_that_suffice_and_beats_uniform_plays(tra
     assert sum(share for _, share in found) / 5 >= 0.6
     assert abs(sum(share for _, share in other) / 5 - 1 / 3) < 0.1
     assert wins([accuracy for accuracy, _ in found], [accuracy for accuracy, _ in other])
+
+
+@pytest.mark.slow
+def test_on_split_mnist_it_is_not_worse_than_uniform_plays(trainer: Make, real_data: Path) -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    parts = []
+    for train, size in ((True, 10_000), (False, 4000)):
+        found = datasets.MNIST(real_data, train=train, download=False)
+        parts.append(TensorDataset(found.data[:size].flatten(1) / 255, found.targets[:size]))
+
+    class Network(Deep):
+        def __init__(self) -> None:
+            super().__init__(lambda p: torch.optim.Adam(p, lr=1e-3))
+            self.net = nn.Sequential(nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 10))
+
+    def run(seed: int, policy: Any) -> float:
+        L.seed_everything(seed, verbose=False)
+        module, tasks = Network(), split_by_class(*parts, num_tasks=5)
+        bandit = BanditSelectionCallback(
+            "samples", policy=policy, budget=0.5, memory=500, measure_every=5, first_task=1, seed=seed
+        )
+        trainer(bandit, TaskStream(1)).fit(module, datamodule=ContinualDataModule(tasks, batch_size=64, seed=seed))
+        x, y = parts[1].tensors
+        return float((module(x).argmax(1) == y).float().mean())
+
+    found, other = (sum(run(seed, policy) for seed in range(3)) / 3 for policy in ("exp3", uniform))
+    assert found >= other - 0.005
