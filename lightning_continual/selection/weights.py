@@ -141,7 +141,7 @@ class WeightSelection:
             return
         self._has_stepped = True
         for parameter in self._resting:
-            parameter.grad = None
+            parameter.grad = None  # an optimizer moves what has a gradient, were it zero
         assert self.arms is not None
         parameters = _host.parameters_of(pl_module, optimizer)
         self._pin.mask_gradients_(parameters)
@@ -150,18 +150,20 @@ class WeightSelection:
             measured = [name for name in self.arms.owner if name in parameters and parameters[name].grad is not None]
         before = [parameters[name].detach().clone() for name in measured]
         scale = _host.gradient_scale(trainer, optimizer)
+        # A fused optimizer that unscales gradients itself may leave them either way: keep them as they are now.
+        scaled = [] if scale == 1 else [_dense(parameters[name].grad) / scale for name in measured]
 
         def after() -> None:
             self._pin.put_back_(parameters)
             if not measured:
                 return
             change = torch._foreach_sub([parameters[name].detach() for name in measured], before)
-            torch._foreach_mul_(change, [_dense(parameters[name].grad) for name in measured])
+            torch._foreach_mul_(change, scaled or [_dense(parameters[name].grad) for name in measured])
             torch._foreach_abs_(change)
             if self._totals is None:
                 self._totals = torch.zeros(len(self._on_device.names), device=pl_module.device)
             for name, value in zip(measured, change, strict=True):
-                self._on_device.add_to_(self._totals, name, value / scale)
+                self._on_device.add_to_(self._totals, name, value)
             self._has_measured = True
 
         _host.after_step(optimizer, self, after)
@@ -205,8 +207,6 @@ class WeightSelection:
         parameters = dict(pl_module.named_parameters())
         whole, parts = self.arms.resting(self._played)
         self._resting = [parameters[name] for name in whole]
-        for parameter in self._resting:
-            parameter.grad = None  # an optimizer moves what has a gradient, were it zero
         pinned = {}
         for name, rows in parts.items():
             shape = [1] * parameters[name].ndim

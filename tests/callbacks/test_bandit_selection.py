@@ -328,6 +328,19 @@ def test_a_step_that_the_scaler_skips_gives_no_reward(trainer: Make) -> None:
     assert rewards[~rewards.isnan()].isfinite().all()
 
 
+def test_gradients_that_a_fused_optimizer_unscales_itself_are_rewarded_unscaled(trainer: Make) -> None:
+    rewards = []
+    for scale in (1.0, 2.0**10):
+        torch.manual_seed(0)
+        plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=scale))
+        bandit = BanditSelectionCallback("weights", budget=0.4, every=4)
+        module = Deep(lambda p: torch.optim.SGD(p, lr=0.05, fused=True))
+        trainer(bandit, max_epochs=1, plugins=plugin).fit(module, loader())
+        rewards.append(bandit.history()["rewards"])
+    # Gradients in half precision, 1/1024, have other rounding under another scale.
+    assert_close(rewards[1].nan_to_num(), rewards[0].nan_to_num(), rtol=0.05, atol=0)
+
+
 def test_ewc_does_not_move_what_rests(trainer: Make) -> None:
     module, watch = Deep(), Watch()
     ewc, bandit = EWCCallback(1000.0), BanditSelectionCallback("weights", budget=0.4, every=4, first_task=1)
@@ -655,6 +668,24 @@ def test_two_processes_number_and_value_arms_alike(trainer: Make, tmp_path: Path
     for name in ("steps", "probabilities", "plays", "rewards"):
         assert torch.equal(one[name].nan_to_num(), two[name].nan_to_num())
     assert bool((one["plays"].nansum(1) % 4 == 0).all())  # two slots of each process
+
+
+class Names(L.Callback):
+    def __init__(self, path: Path, bandit: BanditSelectionCallback) -> None:
+        self.path, self.bandit = path, bandit
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        torch.save(self.bandit.arm_names(), f"{self.path}-{trainer.global_rank}")
+
+
+def test_two_processes_that_see_arms_in_another_order_number_them_alike(trainer: Make, tmp_path: Path) -> None:
+    bandit = BanditSelectionCallback(arms=lambda batch: (batch[0][:, 0] * 1000).round().long() % 32, memory=8)
+    data = ContinualDataModule(make_tasks((32,), val=False), batch_size=2)
+    options: dict[str, Any] = {"devices": 2, "strategy": "ddp_fork"}
+    trainer(bandit, Names(tmp_path / "of", bandit), TaskStream(1), **options).fit(Classifier(), datamodule=data)
+    one, two = (torch.load(tmp_path / f"of-{rank}") for rank in range(2))
+    assert one == two
+    assert sorted(one) == sorted(f"-1/{number}" for number in range(32))
 
 
 # --- Diagnostics ------------------------------------------------------------------------------------------------------
