@@ -224,8 +224,8 @@ class WeightSelection:
         add = _host.all_sum(trainer)
         num = int(add(torch.tensor(self._num_measured)))
         rewards = add(totals).cpu().double() / (num * self.arms.sizes)
-        known = self._played & rewards.isfinite() & (num > 0)
-        num_skipped = int((self._played & ~known).sum())
+        known = self._played & rewards.isfinite()
+        num_skipped = int((self._played & ~known).sum()) if num else 0  # a scaler may have skipped all steps
         if num_skipped and not self.num_skipped:
             rank_zero_warn("A reward of weights was not finite, and is skipped; so will be others. Look at the loss.")
         self.num_skipped += num_skipped
