@@ -19,7 +19,7 @@ import lightning_continual
 PACKAGE = Path(lightning_continual.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 NUMERICS = ("parameters", "memory", "metrics", "importance", "constraints", "bandits", "compression", "_batch")
-GLUE = ("stream", "data", "callbacks", "selection", "_host", "cli", "demo")
+GLUE = ("stream", "data", "callbacks", "selection", "comparison", "_host", "cli", "demo")
 
 LONG = {
     "callbacks/bandit_selection.py": "both selections behind one constructor, whose every argument is documented",

@@ -79,3 +79,41 @@ def test_the_settings_of_the_published_numbers_run(tmp_path: Path, real_data: Pa
     split, permuted = read(tmp_path / "split_mnist.csv"), read(tmp_path / "permuted_mnist.csv")
     assert set(split) == {"nothing", "empirical"}
     assert float(permuted["ER 200"]["mean"]) > 85
+
+
+def test_a_trained_network_is_compared_with_its_small_forms(tmp_path: Path) -> None:
+    for package in ("sklearn", "matplotlib", "torch_pruning", "torchao"):
+        pytest.importorskip(package)
+    grid = "--selector", "random", "merge", "obd-sd", "--amount", "0.5", "0.9", "--seeds", "2"
+    printed = run("compress_model.py", *grid, "--save", "full.ckpt", folder=tmp_path)
+    with (tmp_path / "compressed" / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    score = {
+        (row["selector"], row["level"], row["amount"], row["stage"]): float(row["score"])
+        for row in rows
+        if row["seed"] == "0" and row["family"] == "pruned"
+    }
+    assert len(rows) == 2 * (1 + 15 + 2 * 2 * 4 + 3 * 2 * 2 + 2 * 2)
+    assert score["obd-sd", "parameter", "0.5", "before"] > score["random", "parameter", "0.5", "before"] + 0.1
+    assert score["merge", "unit", "0.9", "before"] > score["random", "unit", "0.9", "before"] + 0.1
+    assert "unit, % removed" in printed
+    assert "Recommended: " in printed
+    assert (tmp_path / "compressed" / "plot.png").read_bytes().startswith(b"\x89PNG")
+    # The command makes the same comparison for a checkpoint.
+    names = "--model", "compress_model:Classifier", "--data", "compress_model:loaders"
+    command = ["-m", "lightning_continual", "compress", "full.ckpt", *names, "--no-scratch", "--quantization", "8"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES)}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 600}
+    done = subprocess.run([sys.executable, *command, "--output", "again"], **options)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "again" / "table.csv").open() as file:
+        assert next(csv.DictReader(file))["score"] == rows[0]["score"]
+
+
+def test_the_comparison_runs_on_fashion_mnist(tmp_path: Path, real_data: Path) -> None:
+    for package in ("torchvision", "matplotlib", "torch_pruning", "torchao"):
+        pytest.importorskip(package)
+    folder = ["--data", "fashion", "--folder", str(real_data)]
+    grid = "--selector", "magnitude", "--amount", "0.75", "--level", "unit", "--epochs", "1", "--net", "cnn"
+    printed = run("compress_model.py", *folder, *grid, folder=tmp_path)
+    assert "magnitude, 75 % of units, fine-tuned" in printed
