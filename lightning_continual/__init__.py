@@ -2,12 +2,14 @@
 
 from lightning_continual.callbacks.accuracy_matrix import AccuracyMatrixCallback
 from lightning_continual.callbacks.bandit_selection import BanditSelectionCallback
+from lightning_continual.callbacks.clnp import CLNPCallback
 from lightning_continual.callbacks.cost import CostCallback
 from lightning_continual.callbacks.ewc import EWCCallback
 from lightning_continual.callbacks.pruning import PruningCallback
 from lightning_continual.callbacks.rehearsal import RehearsalCallback
 from lightning_continual.callbacks.synapse_neuron import SynapseNeuronCallback
 from lightning_continual.data import ContinualDataModule
+from lightning_continual.heads import TaskHead
 from lightning_continual.memory import ClassBalancedMemory, HerdingMemory, Memory, ReservoirMemory, TaskMemory
 from lightning_continual.metrics import (
     AccuracyMatrix,
@@ -35,6 +37,7 @@ __all__ = [
     "AccuracyMatrix",
     "AccuracyMatrixCallback",
     "BanditSelectionCallback",
+    "CLNPCallback",
     "ClassBalancedMemory",
     "ContinualCallback",
     "ContinualDataModule",
@@ -48,6 +51,7 @@ __all__ = [
     "SynapseNeuronCallback",
     "Task",
     "TaskEarlyStopping",
+    "TaskHead",
     "TaskMemory",
     "TaskStream",
     "average_accuracy",

@@ -16,10 +16,12 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_continual import _host
+from lightning_continual._host.heads import FollowsLoaders, require_task_heads
 from lightning_continual.data import ContinualDataModule
+from lightning_continual.heads import set_task
 
 
-class ContinualCallback(L.Callback):
+class ContinualCallback(FollowsLoaders):
     """A callback that learns at the boundaries between tasks; the base of every method in this package.
 
     Subclasses implement `on_task_start` and `on_task_end`, and need not know how a boundary is reached:
@@ -27,6 +29,8 @@ class ContinualCallback(L.Callback):
     - With a `TaskStream` among the Trainer's callbacks, one ``fit`` runs all tasks, and the stream calls them.
     - Without one, each completed ``fit`` is one task. It is counted from 0, over restarts too, or it is the
       ``current_task`` of a `ContinualDataModule`. A fit that raises, or trains nothing, is no task.
+
+    Every `TaskHead` of the module is at the current task, in either way.
 
     State is what ``state_dict`` returns; subclasses extend it, and `load_state_dict`.
     """
@@ -50,9 +54,17 @@ class ContinualCallback(L.Callback):
         if trainer.world_size > 1:
             _host.leave_process_group_at_exit()
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let task heads be at the task that is to be trained; raise if they do not serve it."""
+        if _stream(trainer) is None:
+            require_task_heads(trainer, num_tasks=1 + _latest_task(trainer))
+            set_task(pl_module, _latest_task(trainer))
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start a task, where one fit is one task."""
         self._has_trained = True
+        if _stream(trainer) is None:
+            set_task(pl_module, _latest_task(trainer))  # there are strategies that load a checkpoint after `fit` starts
         if _stream(trainer) is None and not self._in_task:
             self._warn_of_the_same_task(trainer)
             with _host.random_state_kept():
@@ -71,10 +83,12 @@ class ContinualCallback(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the user's objects as they were."""
+        super().teardown(trainer, pl_module, stage)
         _host.release(self)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the user's objects as they were: Lightning does not call `teardown` after an exception."""
+        super().on_exception(trainer, pl_module, exception)
         _host.release(self)
 
     def state_dict(self) -> dict[str, Any]:
@@ -99,7 +113,7 @@ class ContinualCallback(L.Callback):
         return self._tasks_ended if task is None else int(task)
 
 
-class TaskStream(L.Callback):
+class TaskStream(FollowsLoaders):
     r"""Runs a whole stream of tasks in one ``fit``.
 
     At the end of a task's last epoch the stream calls ``on_task_end`` of every callback that has it, in the order of
@@ -109,6 +123,8 @@ class TaskStream(L.Callback):
 
     A task ends after every other callback's ``on_train_epoch_end``, before checkpoints are saved, and begins before
     every other callback's ``on_train_epoch_start``. The stream takes these places in the Trainer's list itself.
+
+    Every `TaskHead` of the module is at the task in training, and stays at the last one after the fit.
 
     A fit that ends inside an epoch (an exception, ``trainer.should_stop``) does not end the task: the next ``fit`` of
     the same Trainer trains that epoch anew, or, with ``steps_per_task``, the steps that are left.
@@ -125,7 +141,8 @@ class TaskStream(L.Callback):
 
     Raises:
         ValueError: If an argument lies outside its range.
-        MisconfigurationException: Without a `ContinualDataModule`, or if ``Trainer(max_epochs=)`` says otherwise.
+        MisconfigurationException: Without a `ContinualDataModule`; if ``Trainer(max_epochs=)`` says otherwise; if a
+            `TaskHead` serves fewer tasks.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -230,6 +247,8 @@ class TaskStream(L.Callback):
                 " `ContinualDataModule` with the old tasks and the new ones."
             )
         data.current_task = self._task
+        require_task_heads(trainer, data.num_tasks)
+        set_task(pl_module, self._task)
         _host.drop_early_loaders(trainer)
         self._set_end(trainer)
 
@@ -239,6 +258,8 @@ class TaskStream(L.Callback):
         if _host.epochs_processed(trainer) < self._epochs_before:  # a new Trainer: the task begins again
             self._epochs_before, self._batches_before, self._in_task = 0, 0, False
         self._set_end(trainer)
+        if self._in_task:
+            set_task(pl_module, self._task)
         if (bar := trainer.progress_bar_callback) is not None:
             _host.wrap_method(bar, "get_metrics", self, self._with_task)
         if self._in_task and _host.is_between_epochs(trainer):
@@ -298,11 +319,13 @@ class TaskStream(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the user's objects as they were."""
+        super().teardown(trainer, pl_module, stage)
         if stage == "fit":
             self._leave(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the user's objects as they were."""
+        super().on_exception(trainer, pl_module, exception)
         if trainer.state.fn == "fit":
             self._leave(trainer)
 
@@ -339,6 +362,7 @@ class TaskStream(L.Callback):
 
     def _start_task(self, trainer: L.Trainer) -> None:
         self._reload_as_before(trainer)
+        set_task(trainer.lightning_module, self._task)
         if self._task > 0 and self.reset_optimizer == "full":
             _host.set_limits(trainer, *self._size_of_task(trainer))
             trainer.strategy.setup_optimizers(trainer)
@@ -619,6 +643,12 @@ def restore(
 
 def _stream(trainer: L.Trainer) -> TaskStream | None:
     return next((one for one in _host.callbacks_of(trainer) if isinstance(one, TaskStream)), None)
+
+
+def _latest_task(trainer: L.Trainer) -> int:
+    """Return the task that this fit trains, without a stream; a callback added later may know of fewer tasks."""
+    callbacks = _host.callbacks_of(trainer)
+    return max(one._current_task(trainer) for one in callbacks if isinstance(one, ContinualCallback))
 
 
 def _start(callback: L.Callback, trainer: L.Trainer, task: int) -> None:

@@ -18,7 +18,7 @@ import lightning_continual
 
 PACKAGE = Path(lightning_continual.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-NUMERICS = ("parameters", "memory", "metrics", "importance", "constraints", "bandits", "compression", "_batch")
+NUMERICS = ("parameters", "memory", "metrics", "importance", "constraints", "bandits", "compression", "capacity", "heads", "_batch")
 GLUE = ("stream", "data", "callbacks", "selection", "comparison", "_host", "cli", "demo")
 
 LONG = {

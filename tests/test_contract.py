@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from lightning_continual import (
     AccuracyMatrixCallback,
     BanditSelectionCallback,
     ClassBalancedMemory,
+    CLNPCallback,
     ContinualDataModule,
     CostCallback,
     EWCCallback,
@@ -34,6 +36,8 @@ from lightning_continual import (
 )
 
 Make = Callable[[], L.Callback]
+
+pytestmark = pytest.mark.filterwarnings("ignore:`CLNPCallback` (has no free units|found no threshold)")
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,17 @@ ROWS = {
         active=lambda: PruningCallback("merge", 0.5, level="unit", when=[0]),
         neutral=lambda: PruningCallback("merge", 0.0, level="unit"),
         distributed=lambda: PruningCallback("merge", 0.5, level="unit", when=[0]),
+    ),
+    "clnp": Row(
+        active=lambda: CLNPCallback(threshold=0.5, l1=1e-3, classes=[[0, 1], [2, 3], [4, 5]]),
+        neutral=lambda: CLNPCallback(threshold=math.inf, l1=0.0),
+        distributed=lambda: CLNPCallback(threshold=0.5, l1=1e-3, classes=[[0, 1], [2, 3], [4, 5]]),
+    ),
+    "clnp, searching": Row(
+        active=lambda: CLNPCallback(0.1, l1=1e-3, passes=4, monitor="val_loss", higher_is_better=False),
+        neutral=lambda: CLNPCallback(threshold={"net.*": math.inf, "*": math.inf}, l1={"*": 0.0}),
+        in_fit=False,
+        distributed=lambda: CLNPCallback(1.0, l1=1e-3, passes=4, monitor="val_loss", higher_is_better=False),
     ),
     "task early stopping": Row(
         active=lambda: TaskEarlyStopping("val_loss", patience=1, min_delta=0.5),

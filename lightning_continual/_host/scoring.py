@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,10 +16,16 @@ from torch import Tensor
 from lightning_continual._host.loaders import to_device
 from lightning_continual._host.processes import is_distributed
 from lightning_continual._host.traces import observing
+from lightning_continual.heads import at_task
 
 
 def score(
-    trainer: Any, loader: Iterable[Any], *, limit: int | None = None, tick: Callable[[], Any] | None = None
+    trainer: Any,
+    loader: Iterable[Any],
+    *,
+    limit: int | None = None,
+    tick: Callable[[], Any] | None = None,
+    task: int | None = None,
 ) -> Any:
     """Return what ``trainer.validate`` would log for ``loader``, on the module as it stands in this fit.
 
@@ -31,6 +37,7 @@ def score(
         loader: Batches for ``validation_step``.
         limit: The largest number of batches; all when ``None``.
         tick: Called after every batch.
+        task: The task at which task heads are meanwhile; that at which they are when ``None``.
 
     Returns:
         The logged values by key, as floats.
@@ -42,7 +49,8 @@ def score(
     def hook(name: str, *args: Any) -> None:
         call._call_lightning_module_hook(trainer, name, *args)
 
-    with observing(module), _validating(trainer) as results:
+    heads = nullcontext() if task is None else at_task(module, task)
+    with observing(module), heads, _validating(trainer) as results:
         hook("on_validation_model_eval")
         hook("on_validation_start")
         hook("on_validation_epoch_start")

@@ -2,6 +2,7 @@
 
 from lightning_continual.callbacks.accuracy_matrix import AccuracyMatrixCallback
 from lightning_continual.callbacks.bandit_selection import BanditSelectionCallback
+from lightning_continual.callbacks.clnp import CLNPCallback
 from lightning_continual.callbacks.cost import CostCallback
 from lightning_continual.callbacks.ewc import EWCCallback
 from lightning_continual.callbacks.pruning import PruningCallback
@@ -11,6 +12,7 @@ from lightning_continual.callbacks.synapse_neuron import SynapseNeuronCallback
 __all__ = [
     "AccuracyMatrixCallback",
     "BanditSelectionCallback",
+    "CLNPCallback",
     "CostCallback",
     "EWCCallback",
     "PruningCallback",

@@ -11,6 +11,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_continual import _host
+from lightning_continual._host.heads import require_task_heads
 from lightning_continual.data import ContinualDataModule
 from lightning_continual.metrics import AccuracyMatrix
 from lightning_continual.report import matrix_figure, print_matrix
@@ -24,7 +25,8 @@ class AccuracyMatrixCallback(ContinualCallback):
 
     The score is what ``trainer.validate`` with the same ``limit_val_batches`` would log under ``monitor`` for the data
     of the task, to all digits and over all processes, whether the module expects one loader or several, and without a
-    trace: modes, gradients, random state, metrics and what is logged in the fit stay as they were.
+    trace: modes, gradients, random state, metrics and what is logged in the fit stay as they were. Every `TaskHead` of
+    the module is at the task that is scored.
 
     To every logger go ``{monitor}/task_{j}`` for each task and the numbers of `AccuracyMatrix.summary`
     (``{monitor}/average_accuracy``, ...); to W&B also a table ``{monitor}/matrix`` and a heat map
@@ -41,8 +43,8 @@ class AccuracyMatrixCallback(ContinualCallback):
         verbose: Whether to print the matrix when the fit ends.
 
     Raises:
-        MisconfigurationException: Before training: if there is nothing to score on, or ``monitor`` is not logged; the
-            error lists what is.
+        MisconfigurationException: Before training: if there is nothing to score on; if a `TaskHead` serves fewer
+            tasks; if ``monitor`` is not logged (the error lists what is).
 
     Example:
         >>> AccuracyMatrixCallback("val_loss", higher_is_better=False).state_key
@@ -101,7 +103,9 @@ class AccuracyMatrixCallback(ContinualCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Try one batch, so that an unknown ``monitor`` is found before training, in whatever task it begins."""
-        self._score(trainer, self._sources(trainer)[:1], "Trying the metric", limit=1)
+        sources = self._sources(trainer)
+        require_task_heads(trainer, len(sources))
+        self._score(trainer, sources[:1], "Trying the metric", limit=1)
         super().on_train_start(trainer, pl_module)
 
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
@@ -137,7 +141,7 @@ class AccuracyMatrixCallback(ContinualCallback):
         scores = []
         with _host.progress(trainer, total, description) as tick:
             for task, (loader, most) in enumerate(zip(loaders, limits, strict=True)):
-                logged = _host.score(trainer, loader, limit=most, tick=tick)
+                logged = _host.score(trainer, loader, limit=most, tick=tick, task=task)
                 if self.monitor not in logged:
                     raise MisconfigurationException(
                         f"`AccuracyMatrixCallback(monitor={self.monitor!r})` found no such metric on task {task};"

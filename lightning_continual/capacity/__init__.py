@@ -1,0 +1,50 @@
+"""The capacity of a network: which units tasks are in, and which are free for later ones."""
+
+from lightning_continual.capacity.activity import active_units, activity_read, relative_activity
+from lightning_continual.capacity.counts import UnitCounts, count_units, units_figure, units_table
+from lightning_continual.capacity.forgetting import graceful_threshold
+from lightning_continual.capacity.kinds import (
+    add_l1_gradient_,
+    cut,
+    cut_,
+    cut_weights,
+    kept_weights,
+    l1_strengths,
+    pin_of,
+    reset_free_,
+    untrained_units,
+)
+from lightning_continual.capacity.learnt import Learnt
+from lightning_continual.capacity.norms import HeldStatistics, batch_norms, hold_statistics
+from lightning_continual.capacity.task_view import OnlyOutputs, only_outputs
+from lightning_continual.capacity.wiring import Places, Wiring, by_layer, find_wiring
+
+__all__ = [
+    "HeldStatistics",
+    "Learnt",
+    "OnlyOutputs",
+    "Places",
+    "UnitCounts",
+    "Wiring",
+    "active_units",
+    "activity_read",
+    "add_l1_gradient_",
+    "batch_norms",
+    "by_layer",
+    "count_units",
+    "cut",
+    "cut_",
+    "cut_weights",
+    "find_wiring",
+    "graceful_threshold",
+    "hold_statistics",
+    "kept_weights",
+    "l1_strengths",
+    "only_outputs",
+    "pin_of",
+    "relative_activity",
+    "reset_free_",
+    "units_figure",
+    "units_table",
+    "untrained_units",
+]
