@@ -7,14 +7,15 @@ A network is trained on the old data: images as they are. Then new data arrive: 
 of samples (half of each batch of new ones, dealt out to old and new samples) and of weights (0.35 of them at a time) it
 is retrained with
 
-- uniform rehearsal: all samples that are at hand are as likely;
+- uniform rehearsal: uniform over task × class, old and new, as the arms of the bandits are;
 - a random subset of the weights, drawn anew as often as a bandit's;
 - samples, weights, or both selected by bandits (`BanditSelectionCallback`);
 - full retraining: all new samples and as many old ones, all weights;
 
 each with and without the regularisation of synapses and neurons (`SynapseNeuronCallback`), which needs no old data.
-Reported are accuracy on old and new held-out data, seconds, FLOPs of the backward passes against full retraining, and
-the share of the weights trained: a mean over seeds, with the standard error of accuracies.
+Reported are accuracy on old and new held-out data, seconds of training with all that selection and rewards take,
+FLOPs of the backward passes against full retraining, those of the measurement of rewards apart, and the share of the
+weights trained: a mean over seeds, with the standard error of accuracies. The uniform methods measure no rewards.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ from lightning_continual.bandits import EpsilonGreedy
 
 MEMORY = 2000
 BUDGET = 0.5, 0.35  # of samples, of weights
-EVERY_COUNTED = 10  # steps from one count of FLOPs to the next
+EVERY_MEASURED = 10  # steps from one measurement of the rewards of samples to the next
+EVERY_COUNTED = (
+    7  # steps from one count of FLOPs to the next; coprime to the above, so that it meets every kind of step
+)
 
 
 def uniform(num_arms: int) -> EpsilonGreedy:
@@ -57,8 +61,9 @@ def uniform(num_arms: int) -> EpsilonGreedy:
 
 
 def of_samples(policy: Any) -> L.Callback:
-    options: dict[str, Any] = {"reward": "grad_norm", "measure_every": 10, "memory": MEMORY, "first_task": 1}
-    return BanditSelectionCallback("samples", policy=policy, budget=BUDGET[0], **options)
+    options: dict[str, Any] = {"reward": "grad_norm", "memory": MEMORY, "first_task": 1}
+    measure_every = 10**9 if policy is uniform else EVERY_MEASURED  # what never learns needs no rewards
+    return BanditSelectionCallback("samples", policy=policy, budget=BUDGET[0], measure_every=measure_every, **options)
 
 
 def of_weights(policy: Any) -> L.Callback:
@@ -103,29 +108,69 @@ class Classifier(L.LightningModule):
 
 
 class Meter(L.Callback):
-    """Counts seconds, FLOPs of backward passes (in every tenth step), and the share of weights trained."""
+    """Counts seconds, the share of weights trained, and in every seventh step FLOPs of backward passes and of rewards.
+
+    Put `start` before all other callbacks and this one after them: then what they do in a step is counted. Seconds are
+    those from the end of a step to the end of the next, so that they include the selection of samples.
+    """
+
+    class Start(L.Callback):
+        """The beginning of each step."""
+
+        def __init__(self, meter: Meter) -> None:
+            self.meter = meter
+
+        def on_train_batch_start(self, *arguments: Any) -> None:
+            self.meter.begin()
+
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            self.meter.note("backward")
 
     def __init__(self) -> None:
-        self.seconds, self.flops, self.shares, self._step = 0.0, [0], [0.0], 0
+        self.seconds, self.shares, self._step = 0.0, [0.0], 0
+        self.flops: dict[str, list[int]] = {"backward": [], "rewards": []}
+        self._timed = 0
+        self.start = Meter.Start(self)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, index: int) -> None:
-        self._start, self._counter = perf_counter(), None
-        if self._step % EVERY_COUNTED == 0:
-            trained = [p.numel() for p in pl_module.parameters() if p.requires_grad]
-            self.shares.append(sum(trained) / sum(p.numel() for p in pl_module.parameters()))
-            self._counter = FlopCounterMode(display=False)
+    @property
+    def whole_seconds(self) -> float:
+        """Seconds of all steps: those in which FLOPs are counted, which are slower, as the mean of the others."""
+        return self.seconds * self._step / max(1, self._timed)
+
+    def begin(self) -> None:
+        self._found = {"rewards": 0, "forward": 0, "backward": 0}
+        self._counter = FlopCounterMode(display=False) if self._step % EVERY_COUNTED == 3 else None
+        if self._counter is not None:
             self._counter.__enter__()
 
+    def note(self, what: str) -> None:
+        """Say that all that was counted since the last note was of a kind."""
+        if self._counter is not None:
+            self._found[what] += self._counter.get_total_flops() - sum(self._found.values())
+
+    def on_train_epoch_start(self, *arguments: Any) -> None:
+        self._start = perf_counter()
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, index: int) -> None:
+        self.note("rewards")
+        if self._counter is not None:
+            trained = [p.numel() for p in pl_module.parameters() if p.requires_grad]
+            self.shares.append(sum(trained) / sum(p.numel() for p in pl_module.parameters()))
+
     def on_before_backward(self, *arguments: Any) -> None:
-        self._forward = 0 if self._counter is None else self._counter.get_total_flops()
+        self.note("forward")
 
     def on_train_batch_end(self, *arguments: Any) -> None:
+        self.note("rewards")
         if self._counter is not None:
             self._counter.__exit__(None, None, None)
-            self.flops.append(self._counter.get_total_flops() - self._forward)
+            for what, flops in self.flops.items():
+                flops.append(self._found[what])
         else:
             self.seconds += perf_counter() - self._start
+            self._timed += 1
         self._step += 1
+        self._start = perf_counter()
 
 
 def load(data: str, folder: Path | None) -> tuple[Tensor, Tensor]:
@@ -209,18 +254,18 @@ def main() -> None:
                 model, meter = Classifier(), Meter()
                 callbacks = [*make(), *([regularised()] if with_it else [])]
                 restore(checkpoint, model, callbacks)
-                fit(model, data, [*callbacks, meter], options.epochs)
+                fit(model, data, [meter.start, *callbacks, meter], options.epochs)
                 old, new = (100 * accuracy(model, task) for task in tasks)
-                flops = statistics.mean(meter.flops[1:])
+                flops = {what: statistics.mean(counts) for what, counts in meter.flops.items()}
                 share = statistics.mean(meter.shares[1:])
-                row = {"old": old, "new": new, "seconds": meter.seconds, "flops": flops, "share": share}
+                row = {"old": old, "new": new, "seconds": meter.whole_seconds, "share": share, **flops}
                 found.setdefault((name, with_it), []).append(row)
     report(found, options.output / "table.csv")
 
 
 def report(found: dict[tuple[str, bool], list[dict[str, float]]], path: Path) -> None:
     """Print the table, and write it."""
-    whole = statistics.mean(row["flops"] for row in found["full retraining", False])
+    whole = statistics.mean(row["backward"] for row in found["full retraining", False])
     table = []
     for (name, with_it), rows in found.items():
         mean = {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
@@ -236,7 +281,8 @@ def report(found: dict[tuple[str, bool], list[dict[str, float]]], path: Path) ->
                 "new": f"{mean['new']:.1f} ± {error['new']:.1f}",
                 "mean": f"{both:.1f}",
                 "seconds": f"{mean['seconds']:.1f}",
-                "backward FLOPs": f"{mean['flops'] / whole:.2f}",
+                "backward FLOPs": f"{mean['backward'] / whole:.2f}",
+                "rewards' FLOPs": f"{mean['rewards'] / whole:.2f}",
                 "weights": f"{mean['share']:.2f}",
             }
         )
@@ -251,7 +297,7 @@ def report(found: dict[tuple[str, bool], list[dict[str, float]]], path: Path) ->
                 row[key].ljust(width) if key == "method" else row[key].rjust(width) for key, width in widths.items()
             )
         )
-    print(f"\nAccuracy in %, FLOPs against full retraining. Table: {path}")
+    print(f"\nAccuracy in %, FLOPs against the backward passes of full retraining. Table: {path}")
 
 
 if __name__ == "__main__":

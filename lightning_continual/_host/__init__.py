@@ -13,6 +13,7 @@ from lightning_continual._host.gradients import (
     needs_every_gradient,
     require_visible_gradients,
     training_loss,
+    training_output,
 )
 from lightning_continual._host.loaders import (
     drop_early_loaders,
@@ -129,6 +130,7 @@ __all__ = [
     "train_data",
     "train_loader",
     "training_loss",
+    "training_output",
     "unwrap_methods",
     "validation_limit",
     "without_trace",

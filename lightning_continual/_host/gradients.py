@@ -47,13 +47,18 @@ def gradient_scale(trainer: Any, optimizer: Any) -> float:
     return loss_scale(trainer) if getattr(optimizer, "_step_supports_amp_scaling", False) else 1.0
 
 
-def training_loss(trainer: Any, batch: Any) -> Tensor:
-    """Return the loss of ``training_step`` for a batch on the device; to be called `without_trace`."""
+def training_output(trainer: Any, batch: Any) -> Any:
+    """Return what ``training_step`` returns for a batch on the device; to be called `without_trace`."""
     module = trainer.lightning_module
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
     arguments = (batch, 0) if takes_index else (batch,)
     with trainer.precision_plugin.train_step_context():
-        return loss_of(module.training_step(*arguments))
+        return module.training_step(*arguments)
+
+
+def training_loss(trainer: Any, batch: Any) -> Tensor:
+    """Return the loss of ``training_step`` for a batch on the device; to be called `without_trace`."""
+    return loss_of(training_output(trainer, batch))
 
 
 def loss_of(output: Any) -> Tensor:

@@ -36,14 +36,18 @@ class Network(nn.Module):
         return cross_entropy(self.net(batch[0]), batch[1])
 
 
-def trainer_of(module: nn.Module, batch_size: int) -> Any:
+def trainer_of(module: nn.Module, batch_size: int, *optimizers: torch.optim.Optimizer) -> Any:
     from contextlib import nullcontext
 
     loop = SimpleNamespace(
         epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=0)), _should_accumulate=lambda: False
     )
     return SimpleNamespace(
-        **{"training": True, "fit_loop": loop, "world_size": 1, "loggers": [], "global_step": 0},
+        training=True,
+        fit_loop=loop,
+        world_size=1,
+        loggers=[],
+        optimizers=list(optimizers),
         train_dataloader=SimpleNamespace(batch_size=batch_size, sampler=None),
         strategy=SimpleNamespace(),
         lightning_module=module,
@@ -66,7 +70,7 @@ def from_the_head(num_arms: int) -> EpsilonGreedy:
 
 def step(model: Network, optimizer: Any, batch: Any, weights: Any = None, trainer: Any = None) -> None:
     if weights is not None:
-        weights.before_batch(trainer, model)
+        weights.before_batch(trainer, model, 0)
     optimizer.zero_grad()
     model.training_step(batch, 0).backward()
     if weights is not None:
@@ -82,12 +86,11 @@ def flops(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def prepared(model: Network, policy: Any, every: int) -> tuple[Any, Any]:
+def prepared(model: Network, optimizer: torch.optim.Optimizer, policy: Any, every: int) -> tuple[Any, Any]:
     bandit = BanditSelectionCallback("weights", policy=policy, budget=0.3, every=every)
-    trainer, weights = trainer_of(model, 32), bandit.weights
+    trainer, weights = trainer_of(model, 32, optimizer), bandit.weights
     assert weights is not None
-    weights.begin(trainer, model)  # type: ignore[arg-type]
-    weights.start_task()
+    weights.start_task(trainer, model, 0)  # type: ignore[arg-type]
     return trainer, weights
 
 
@@ -95,7 +98,7 @@ def test_weights_that_rest_near_the_input_save_a_part_of_the_step() -> None:
     model = resnet()
     batch = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    trainer, weights = prepared(model, from_the_head, every=10**6)
+    trainer, weights = prepared(model, optimizer, from_the_head, every=10**6)
     times: dict[str, list[float]] = {"full": [], "played": []}
     runs = {
         "full": partial(step, model, optimizer, batch),
@@ -106,9 +109,11 @@ def test_weights_that_rest_near_the_input_save_a_part_of_the_step() -> None:
     for _ in range(7):
         for name, run in runs.items():
             times[name].append(Timer("run()", globals={"run": run}, num_threads=1).timeit(1).median)
-    full, played = (statistics.median(times[name]) for name in ("full", "played"))
+    full, played = (min(times[name]) for name in ("full", "played"))  # a busy neighbour only adds to a time
     operations = {name: flops(run) for name, run in runs.items()}
-    print(f"near the head: {played / full:.2f} of the step, {operations['played'] / operations['full']:.2f} of its FLOPs")
+    print(
+        f"near the head: {played / full:.2f} of the step, {operations['played'] / operations['full']:.2f} of its FLOPs"
+    )
     assert played <= 0.8 * full
 
 
@@ -116,7 +121,7 @@ def test_what_a_bandit_plays_over_a_run_is_told() -> None:
     model = resnet()
     batch = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    trainer, weights = prepared(model, "exp3", every=2)
+    trainer, weights = prepared(model, optimizer, "exp3", every=2)
     full, played = [], []
     whole = partial(step, model, optimizer, batch)
     whole()
@@ -158,7 +163,7 @@ def test_selecting_samples_costs_little_and_half_of_them_saves_as_much(network: 
     trainer, samples = trainer_of(model, 64), bandit.samples
     assert samples is not None
     x, y = torch.randn(4000, 1, 28, 28), torch.arange(4000) % 10
-    samples.memory.add([x, y], task=0, labels=samples.table.numbers(0, y))
+    samples.memory.add([x, y], task=0, labels=samples.grouping.table.numbers(0, y))
     samples._task = 1
     new = torch.randn(64, 1, 28, 28), torch.randint(10, 20, (64,)) % 10
     select = partial(samples.select, trainer, model, new, everything=False)
@@ -168,13 +173,13 @@ def test_selecting_samples_costs_little_and_half_of_them_saves_as_much(network: 
     def own() -> None:
         """Everything but the measurement of rewards, in the first epoch of a task."""
         batch = select()
-        samples.after_step(trainer, model, batch)  # type: ignore[arg-type]
+        samples.after_step(trainer, model, batch, 0)  # type: ignore[arg-type]
 
     def measured() -> None:
         batch = select()
         samples._steps = 0
         samples.before_step(trainer, model, batch)  # type: ignore[arg-type]
-        samples.after_step(trainer, model, batch)  # type: ignore[arg-type]
+        samples.after_step(trainer, model, batch, 0)  # type: ignore[arg-type]
 
     runs = {
         "own": own,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from conftest import Classifier, make_tasks
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -28,9 +31,12 @@ from lightning_continual import (
     ReservoirMemory,
     Task,
     TaskStream,
+    _host,
+    restore,
     split_by_class,
 )
 from lightning_continual.bandits import EpsilonGreedy
+from lightning_continual.selection import history as history_module
 
 Make = Callable[..., L.Trainer]
 
@@ -346,18 +352,240 @@ def test_gradients_that_a_fused_optimizer_unscales_itself_are_rewarded_unscaled(
     assert_close(rewards[1].nan_to_num(), rewards[0].nan_to_num(), rtol=0.05, atol=0)
 
 
-def test_ewc_does_not_move_what_rests(trainer: Make) -> None:
+@pytest.mark.parametrize("bandit_first", [False, True])
+def test_ewc_does_not_move_what_rests(trainer: Make, bandit_first: bool) -> None:
     module, watch = Deep(), Watch()
     ewc, bandit = EWCCallback(1000.0), BanditSelectionCallback("weights", budget=0.4, every=4, first_task=1)
     data = ContinualDataModule(make_tasks((24, 24), val=False), batch_size=8)
-    for callbacks in ([ewc, bandit, watch, TaskStream(4)],):
-        trainer(*callbacks).fit(module, datamodule=data)
+    callbacks = [bandit, ewc] if bandit_first else [ewc, bandit]
+    trainer(*callbacks, watch, TaskStream(4)).fit(module, datamodule=data)
     assert set(ewc.penalty.precision) == {name for name, _ in module.named_parameters()}
     assert all(all(step["requires"].values()) for step in watch.steps[:12])  # the first task is trained whole
     for step in watch.steps[12:]:
         moved = {name for name in step["requires"] if not torch.equal(step["after"][name], step["before"][name])}
         assert moved == {name for name, requires in step["requires"].items() if requires}
         assert len(moved) < len(step["requires"])
+
+
+class Rests(L.Callback):
+    """Asserts that what is not played does not move, and is awake between steps; to be listed after the bandit."""
+
+    def __init__(self, bandit: BanditSelectionCallback) -> None:
+        self.bandit, self.num_steps = bandit, 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        assert all(p.requires_grad for p in pl_module.parameters())
+        weights = self.bandit.weights
+        if trainer.datamodule.current_task == 0:
+            return
+        assert weights is not None
+        assert weights.arms is not None
+        assert weights._played is not None
+        assert not weights.cuts_backward
+        resting, _ = weights.arms.resting(weights._played)
+        assert resting
+        moved = {name for name, p in pl_module.named_parameters() if not torch.equal(p, self.before[name])}
+        assert moved == self.before.keys() - resting
+        self.num_steps += 1
+
+    def on_train_end(self, *args: Any) -> None:
+        assert self.num_steps == 12
+
+
+@pytest.mark.parametrize("bandit_first", [False, True])
+@pytest.mark.parametrize("way", [pytest.param("compiled", marks=pytest.mark.slow), "ddp_fork"])
+def test_ewc_does_not_move_what_rests_where_its_gradient_is_computed(
+    trainer: Make, way: str, bandit_first: bool
+) -> None:
+    class Norms(Deep):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[1] = self.net[4] = nn.Identity()
+
+    ewc, bandit = EWCCallback(1000.0), BanditSelectionCallback("weights", budget=0.4, every=4, first_task=1)
+    data = ContinualDataModule(make_tasks((24, 24), val=False), batch_size=8 if way == "compiled" else 4)
+    callbacks = [bandit, ewc] if bandit_first else [ewc, bandit]
+    torch.compiler.reset()
+    module: Any = torch.compile(Norms(), backend="eager") if way == "compiled" else Norms()
+    options: dict[str, Any] = {} if way == "compiled" else {"devices": 2, "strategy": way}
+    trainer(*callbacks, Rests(bandit), TaskStream(4), **options).fit(module, datamodule=data)
+
+
+class Student(Deep):
+    """Has a teacher that no optimizer moves, defined after all else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), lr=0.05)
+
+
+def test_what_no_optimizer_moves_is_of_no_arm(trainer: Make) -> None:
+    bandit, watch = BanditSelectionCallback("weights", budget=0.4, every=2), Watch()
+    trainer(bandit, watch, max_epochs=2).fit(Student(), loader())
+    assert bandit.arm_names() == ["net.0", "net.3", "net.6"]
+    assert all(step["requires"]["net.8.weight"] for step in watch.steps)  # the head is the student's
+    assert all(step["requires"]["teacher.0.weight"] for step in watch.steps)
+
+
+class Gan(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        self.discriminator = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x = batch[0]
+        for optimizer, real in zip(self.optimizers(), (True, False), strict=True):  # type: ignore[arg-type]
+            self.toggle_optimizer(optimizer)
+            made = nn.functional.softplus(self.discriminator(self.generator(torch.randn_like(x))) * (1 if real else -1))
+            loss = made.mean() + (nn.functional.softplus(-self.discriminator(x)).mean() if real else 0)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(one.parameters()) for one in (self.discriminator, self.generator)]
+
+
+def test_several_optimizers_need_a_head_of_each(trainer: Make) -> None:
+    bandit = BanditSelectionCallback("weights", budget=0.5, every=2)
+    with pytest.raises(MisconfigurationException, match="leave something to train in each step, but got 2 optimizers"):
+        trainer(bandit, max_epochs=5).fit(Gan(), loader())
+    trainer(BanditSelectionCallback("weights", budget=1.0), max_epochs=1).fit(Gan(), loader())  # nothing rests
+    watch = Watch()
+    bandit = BanditSelectionCallback("weights", head=["*.4.*"], budget=0.4, every=2)
+    trainer(bandit, watch, max_epochs=5).fit(Gan(), loader())
+    plays = bandit.history()["plays"]
+    assert bandit.arm_names() == ["generator.0", "generator.2", "discriminator.0", "discriminator.2"]
+    assert bool((plays.sum(0) > 0).all())
+    assert bool((bandit.history()["rewards"].isnan() == (plays == 0)).all())
+    for step in watch.steps:
+        moved = {name for name in step["requires"] if not torch.equal(step["after"][name], step["before"][name])}
+        assert moved == {name for name, requires in step["requires"].items() if requires}
+
+
+def test_a_second_backward_pass_in_a_batch_finds_all_gradients_where_all_are_needed(
+    trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_host, "needs_every_gradient", lambda trainer: True)
+
+    class Twice(Deep):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            before = {name: p.detach().clone() for name, p in self.named_parameters()}
+            for _ in range(2):
+                optimizer: Any = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(cross_entropy(self(batch[0]), batch[1]))
+                assert all(p.grad is not None for p in self.parameters())
+                optimizer.step()
+            self.moved = {name for name, p in self.named_parameters() if not torch.equal(p, before[name])}
+
+    module = Twice()
+    trainer(BanditSelectionCallback("weights", budget=0.4, policy=only(2)), max_epochs=1).fit(module, loader())
+    assert module.moved == {"net.6.weight", "net.6.bias", "net.8.weight", "net.8.bias"}
+
+
+class Alternating(Deep):
+    """Trains its lower half in every second batch, and its upper half in the others, on always the same batch."""
+
+    def __init__(self, parity: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.net[1] = self.net[4] = nn.Identity()
+        self.parity = parity
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=1e-9) for part in (self.net[:6], self.net[6:])]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.zero_grad()
+        self.manual_backward(cross_entropy(self(batch[0]), batch[1]))
+        self.optimizers()[(batch_idx + self.parity) % 2].step()  # type: ignore[index, union-attr]
+
+
+def test_arms_of_optimizers_that_take_turns_are_judged_alike(trainer: Make) -> None:
+    rewards = []
+    x, y = (leaf[:1].expand(64, *leaf.shape[1:]) for leaf in loader().dataset.tensors)  # type: ignore[attr-defined]
+    for parity in (0, 1):
+        torch.manual_seed(0)
+        module = Alternating(parity)
+        bandit = BanditSelectionCallback("weights", head="net.8.*", budget=0.99, every=20, policy=only(0, 2))
+        trainer(bandit, max_epochs=3, precision="64-true").fit(module, DataLoader(TensorDataset(x, y), 8))
+        rewards.append(bandit.history()["rewards"][0])
+        for arm, name in ((0, "net.0"), (2, "net.6")):
+            own = list(module.get_submodule(name).parameters())
+            loss = cross_entropy(module(x[:8].double()), y[:8])
+            slope = sum(float(g.square().sum()) for g in torch.autograd.grad(loss, own))
+            expected = 1e-9 * slope / sum(p.numel() for p in own)
+            assert_close(float(rewards[-1][arm]), expected, rtol=1e-4, atol=0)  # of differences of weights of 1e-1
+    assert_close(rewards[0], rewards[1], rtol=1e-4, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_an_optimizer_that_changes_gradients_in_place_is_measured_by_those_before(trainer: Make, foreach: bool) -> None:
+    rewards = []
+    for own in (False, foreach):
+        torch.manual_seed(0)
+        make = partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True, foreach=own)
+        bandit = BanditSelectionCallback("weights", budget=0.4, every=4)
+        trainer(bandit, max_epochs=2, gradient_clip_val=0.1).fit(Deep(make), loader())
+        rewards.append(bandit.history()["rewards"])
+    assert_close(rewards[1], rewards[0], equal_nan=True)
+
+
+def test_what_the_user_freezes_in_mid_fit_stays_frozen_and_is_told_when_played(trainer: Make) -> None:
+    class Freeze(L.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                pl_module.net[3].requires_grad_(False)
+                self.weight = pl_module.net[3].weight.clone()
+
+    module, freeze = Deep(), Freeze()
+    bandit = BanditSelectionCallback("weights", budget=0.4, every=2)
+    with pytest.warns(UserWarning, match=r"were played, but had no gradient in any step: \['net.3'\]") as warned:
+        trainer(freeze, bandit, max_epochs=6).fit(module, loader())
+    assert len([one for one in warned if "no gradient" in str(one.message)]) == 1
+    assert not module.net[3].weight.requires_grad
+    assert torch.equal(module.net[3].weight, freeze.weight)
+    assert bandit.weights is not None
+    assert bandit.weights.num_skipped == 0
+
+
+def test_layers_that_are_thawed_between_tasks_become_arms(trainer: Make) -> None:
+    module = Deep()
+    module.net[0].requires_grad_(False)
+    bandit = BanditSelectionCallback("weights", budget=0.6, every=2)
+    trainer(bandit, max_epochs=1).fit(module, loader())
+    assert bandit.arm_names() == ["net.3", "net.6"]
+    module.net[0].requires_grad_(True)
+    trainer(bandit, max_epochs=4).fit(module, loader())
+    assert bandit.arm_names() == ["net.3", "net.6", "net.0"]
+    plays = bandit.history()["plays"]
+    assert plays[:, 2].isnan().tolist() == [True] * 3 + [False] * 15
+    assert plays[3:, 2].sum() > 0
+    labels = [tick.get_text() for tick in bandit.plot().axes[0].get_yticklabels()]
+    assert labels == bandit.arm_names()
+
+
+def test_tasks_have_other_random_plays_and_steps_go_on(trainer: Make) -> None:
+    bandit, found = BanditSelectionCallback("weights", budget=0.4, every=1, policy="exp3"), []
+    for _ in range(3):
+        trainer(bandit, max_epochs=1).fit(Deep(), loader())
+        found.append(bandit.history()["plays"][-7:].argmax(1).tolist())
+    assert found[0] != found[1] != found[2]
+    assert bandit.history()["steps"].tolist() == [step + 8 * task for task in range(3) for step in range(1, 8)]
 
 
 # --- Samples ----------------------------------------------------------------------------------------------------------
@@ -693,6 +921,161 @@ def test_two_processes_that_see_arms_in_another_order_number_them_alike(trainer:
     assert sorted(one) == sorted(f"-1/{number}" for number in range(32))
 
 
+def per_sample(module: Any, batch: Any) -> Tensor:
+    return cross_entropy(module(batch[0]), batch[1], reduction="none")
+
+
+class Unequal(torch.utils.data.Sampler[list[int]]):
+    """Batches of eight samples for the first process, and of four for the second."""
+
+    def __iter__(self) -> Any:
+        rank = torch.distributed.get_rank()
+        for start in range(0, 64, 8):
+            yield list(range(start, start + 8 - 4 * rank))
+
+    def __len__(self) -> int:
+        return 8
+
+
+class Policies(L.Callback):
+    def __init__(self, path: Path, bandit: BanditSelectionCallback) -> None:
+        self.path, self.bandit = path, bandit
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        assert self.bandit.samples is not None
+        if trainer.global_step == 8:
+            state = {"policy": self.bandit.samples.policy.state_dict(), "history": self.bandit.history()}  # type: ignore[union-attr]
+            torch.save(state, f"{self.path}-{trainer.global_rank}")
+
+
+@pytest.mark.parametrize("policy", ["exp3", "ucb", "thompson", "epsilon-greedy"])
+def test_policies_of_two_processes_stay_alike_with_batches_of_other_sizes(
+    trainer: Make, tmp_path: Path, policy: str
+) -> None:
+    bandit = BanditSelectionCallback(policy=policy, memory=0, budget=0.5, measure_every=2)
+    data = DataLoader(loader(num_classes=3).dataset, batch_sampler=Unequal())
+    options: dict[str, Any] = {"devices": 2, "strategy": "ddp_fork", "use_distributed_sampler": False, "max_epochs": 1}
+    trainer(bandit, Policies(tmp_path / "of", bandit), **options).fit(Deep(), data)
+    one, two = (torch.load(tmp_path / f"of-{rank}") for rank in range(2))
+    assert one["policy"].pop("policy") == two["policy"].pop("policy")
+    assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+    assert one["history"]["plays"].sum(1).tolist() == [6, 12, 12, 12]  # four and two slots a step
+
+
+class Contrasting(Classifier):
+    """Compares its outputs with those of the other processes."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        mean = self.all_gather(self(batch[0]).detach().mean(0)).mean(0)  # type: ignore[union-attr]
+        return cross_entropy(self(batch[0]) - mean, batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed.nn.functional.all_gather is deprecated")
+@pytest.mark.parametrize("reward", ["loss_progress", "grad_norm", "memory_loss"])
+def test_processes_with_other_numbers_of_arms_make_as_many_passes(trainer: Make, reward: Any) -> None:
+    y = torch.zeros(64, dtype=torch.int64)
+    y[1::2] = torch.arange(32) % 3 + 1  # the second process has three classes, the first has one
+    tasks = [Task(TensorDataset(torch.randn(64, 4), y))] * 2
+    bandit = BanditSelectionCallback(reward=reward, budget=0.75, measure_every=1, memory=1)  # of the first alone
+    data = ContinualDataModule(tasks, batch_size=8, shuffle=False)
+    strategy = DDPStrategy(start_method="fork", timeout=timedelta(seconds=20))  # else a failure would hang
+    trainer(bandit, TaskStream(1), devices=2, strategy=strategy).fit(Contrasting(), datamodule=data)
+
+
+def test_kmeans_clusters_what_is_dealt_out(trainer: Make) -> None:
+    class Small(Deep):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [batch[0] / 1000, batch[1]]
+
+    bandit = BanditSelectionCallback(arms="kmeans", num_clusters=4, memory=0)
+    trainer(bandit, max_epochs=2).fit(Small(), loader())
+    assert len(bandit.arm_names()) == 4
+
+
+@pytest.mark.parametrize("budget", [0.5, 1.0])
+def test_a_module_that_changes_batches_in_place_leaves_the_memory_alone(trainer: Make, budget: float) -> None:
+    class InPlace(Deep):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            batch[0].zero_()
+            return super().training_step(batch, batch_idx)
+
+    for arms in (lambda batch: torch.zeros_like(batch[1]), "class"):
+        bandit = BanditSelectionCallback(arms=arms, budget=budget, memory=64)
+        trainer(bandit, max_epochs=1).fit(InPlace(), loader())
+        assert bandit.samples is not None
+        assert bool((bandit.samples.memory.read(torch.arange(64))[0] != 0).any(1).all())
+
+
+def test_a_small_batch_gets_two_slots_at_least(trainer: Make) -> None:
+    module = Deep()
+    trainer(BanditSelectionCallback(memory=0), max_epochs=1).fit(module, loader(num_samples=66))
+    assert module.sizes == [2] * 9  # 0.3 of 8, and both of the last two: a batch norm fails on one
+
+
+def test_exemplars_are_measured_as_batches_before_the_transfer(trainer: Make) -> None:
+    states: list[Tensor] = []
+
+    class Renamed(Deep):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            x = batch[0] + 0.1 * torch.randn_like(batch[0])
+            states.append(torch.get_rng_state())
+            return {"x": x, "y": batch[1], "weight": torch.ones(len(batch[1]))}
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            assert torch.equal(states[0], torch.get_rng_state())  # though exemplars were augmented since
+            states.clear()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    bandit = BanditSelectionCallback(reward="memory_loss", measure_every=1, budget=0.5, memory=8)
+    for _ in range(2):
+        trainer(bandit, max_epochs=1).fit(Renamed(), loader())
+    assert bandit.history()["rewards"].isfinite().any(1).tolist() == [False] * 8 + [True] * 8
+
+
+def test_losses_are_computed_in_the_precision_of_the_training(trainer: Make) -> None:
+    class Fresh(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) @ torch.eye(6)  # of the default type of the moment
+
+    for unbiased in (False, True):
+        bandit = BanditSelectionCallback(losses=per_sample, measure_every=1, memory=0, unbiased=unbiased)
+        trainer(bandit, max_epochs=1, precision="64-true").fit(Fresh(), loader())
+        assert bool(bandit.history()["rewards"].isfinite().any())
+
+
+def test_a_training_step_without_a_loss_is_skipped_and_counted(trainer: Make) -> None:
+    class Sparing(Deep):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # type: ignore[override]
+            return None if bool((batch[1] == 1).all()) else super().training_step(batch, batch_idx)
+
+    for reward in ("loss_progress", "grad_norm"):
+        bandit = BanditSelectionCallback(reward=reward, measure_every=1, budget=1.0, memory=0)  # type: ignore[arg-type]
+        with pytest.warns(UserWarning, match="A reward of samples was not finite, and is skipped"):
+            trainer(bandit, max_epochs=1).fit(Sparing(), loader())
+        assert bandit.samples is not None
+        assert bandit.samples.num_skipped == 8
+        assert bandit.history()["rewards"].isfinite().sum(0).tolist() == [int(arm != 1) * 8 for arm in range(6)]
+
+
+def test_weights_of_samples_are_not_given_to_another_batch(trainer: Make) -> None:
+    bandit = BanditSelectionCallback(unbiased=True, losses=per_sample, budget=0.5, memory=0, measure_every=10**6)
+    data = ContinualDataModule(make_tasks((32, 32), val=False), batch_size=8)
+    with pytest.raises(ValueError, match="must have the 4 samples that were selected, but has 8"):
+        # The first batch of a task is not measured: its step is yet to come.
+        trainer(bandit, RehearsalCallback(16), TaskStream(1), accumulate_grad_batches=2).fit(
+            Classifier(), datamodule=data
+        )
+
+
+def test_a_policy_that_never_plays_an_arm_cannot_weigh(trainer: Make) -> None:
+    bandit = BanditSelectionCallback(policy=only(1), unbiased=True, losses=per_sample, memory=0)
+    message = r"`unbiased=True` divides by .*, but `EpsilonGreedy` never plays \['0/0', '0/2', '0/3'\]. Pass a policy"
+    with pytest.raises(ValueError, match=message):
+        trainer(bandit, max_epochs=1).fit(Deep(), loader())
+
+
 # --- Diagnostics ------------------------------------------------------------------------------------------------------
 
 
@@ -717,6 +1100,46 @@ def test_what_it_does_is_logged_and_drawn(trainer: Make) -> None:
             assert labels == bandit.arm_names(select)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("select", ["samples", "weights"])
+def test_of_a_long_history_the_row_just_measured_is_logged(
+    trainer: Make, monkeypatch: pytest.MonkeyPatch, select: Any
+) -> None:
+    monkeypatch.setattr(history_module, "_MOST_ROWS", 4)
+    monkeypatch.setattr(history_module, "_FEWEST_ROWS", 2)
+    logger = Log()
+    own: Any = {"memory": 0, "measure_every": 1, "arms": lambda batch: batch[1] % 2, "budget": 1.0}
+    bandit = BanditSelectionCallback(select, **(own if select == "samples" else {"every": 1, "budget": 0.4}))
+    trainer(bandit, max_epochs=3, logger=logger, log_every_n_steps=10**6).fit(Deep(), loader())
+    assert len(bandit.history()["steps"]) <= 4
+    rewards = [
+        tuple(value for name, value in row.items() if name.startswith(f"bandit/{select}/reward/"))
+        for row in logger.rows
+    ]
+    rewards = [values for values in rewards if values]
+    assert len(rewards) == len(set(rewards)) == (24 if select == "samples" else 23)
+
+
+def test_an_arm_that_appears_after_the_last_measurement_is_drawn_blank(trainer: Make) -> None:
+    y = torch.cat([torch.arange(40) % 2, torch.full((8,), 5)])
+    bandit = BanditSelectionCallback(memory=0)
+    trainer(bandit, max_epochs=1).fit(Deep(), DataLoader(TensorDataset(torch.randn(48, 4), y), 8))
+    assert bandit.history()["plays"].shape == (1, 3)
+    assert bandit.history()["plays"].isnan().tolist() == [[False, False, True]]
+    assert [tick.get_text() for tick in bandit.plot().axes[0].get_yticklabels()] == ["0/0", "0/1", "0/5"]
+
+
+def test_what_was_done_can_be_looked_at_without_a_fit(trainer: Make) -> None:
+    make = partial(BanditSelectionCallback, "both", budget=[0.5, 0.4], every=2, measure_every=2)
+    bandit, other = make(), make()
+    trainer(bandit, max_epochs=1).fit(Deep(), loader())
+    other.load_state_dict(bandit.state_dict())
+    for select in ("samples", "weights"):
+        assert other.arm_names(select) == bandit.arm_names(select)  # type: ignore[arg-type]
+        assert_close(other.history(select), bandit.history(select), equal_nan=True)  # type: ignore[arg-type]
+        assert len(other.plot(select).axes) == 2  # type: ignore[arg-type]
+    assert other.history("samples")["steps"].tolist() == [1, 3, 5, 7]
+
+
 # --- Messages ---------------------------------------------------------------------------------------------------------
 
 
@@ -728,7 +1151,34 @@ def test_what_it_does_is_logged_and_drawn(trainer: Make) -> None:
         ({"reward": "luck"}, r"`reward` must be one of \('loss_progress', .*\), but got 'luck'"),
         ({"budget": 0.0}, r"`budget` must lie in \(0, 1\], but got 0\.0"),
         ({"budget": (0.5, 1.5), "select": "both"}, r"`budget` must lie in \(0, 1\], but got 1\.5"),
-        ({"budget": (0.5, 0.1, 0.1)}, "may be pairs, one for samples and one for weights, but got 3 values"),
+        ({"budget": (0.5, 0.1, 0.1), "select": "both"}, "may be pairs, one for samples and one for weights, but got 3"),
+        (
+            {"budget": (0.5, 0.1)},
+            r"`budget` may be a pair, .* with `select='both'`, but got \(0\.5, 0\.1\) with 'samples'",
+        ),
+        (
+            {"arms": ["class", "units"], "select": "weights"},
+            r"`arms` may be a pair, .*, but got \['class', 'units'\] with 'weights'",
+        ),
+        (
+            {"select": "weights", "losses": len},
+            "`losses` is for samples, but `select='weights'`. Leave it out, or pass",
+        ),
+        (
+            {"select": "weights", "memory": 5, "reward": "grad_norm"},
+            "`reward` and `memory` are for samples, but `select='weights'`. Leave them out, or pass `select='both'`",
+        ),
+        ({"every": 7}, "`every` is for weights, but `select='samples'`"),
+        ({"head": "fc.*"}, "`head` is for weights, but `select='samples'`"),
+        (
+            {"reward": "memory_loss", "memory": 0},
+            "`reward='memory_loss'` is the loss of exemplars, but `memory` has room",
+        ),
+        ({"unbiased": True, "losses": len, "policy": "ucb"}, "`unbiased=True` divides by .* `policy='ucb'` gives none"),
+        (
+            {"unbiased": True, "losses": len, "policy": "thompson"},
+            "but `policy='thompson'` gives none to some. Pass 'exp3'",
+        ),
         ({"every": 0}, "`every` must be at least 1, but got 0"),
         ({"measure_every": 0}, "`measure_every` must be at least 1, but got 0"),
         ({"num_clusters": 0}, "`num_clusters` must be at least 1, but got 0"),
@@ -750,6 +1200,42 @@ def test_what_cannot_be_is_told_at_once(arguments: dict[str, Any], message: str)
 def test_a_memory_that_does_not_group_is_refused() -> None:
     with pytest.raises(TypeError, match="`memory` must be a number of exemplars or a `ClassBalancedMemory`"):
         BanditSelectionCallback(memory=ReservoirMemory(10))  # type: ignore[arg-type]
+
+
+def test_a_memory_that_holds_samples_is_refused() -> None:
+    memory = ClassBalancedMemory(10)
+    memory.add([torch.zeros(2)], task=0, labels=torch.tensor([3, 4]))
+    with pytest.raises(
+        ValueError, match=r"`memory` must be empty, for its labels will be .*, but it has seen 2 samples"
+    ):
+        BanditSelectionCallback(memory=memory)
+
+
+def test_samples_that_change_shape_are_told_not_to_be_remembered(trainer: Make) -> None:
+    class Padded(Deep):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step((batch[0][:, :4], batch[1]), batch_idx)
+
+    samples = [(torch.randn(4 + number // 8), number % 3) for number in range(32)]
+    trainer(BanditSelectionCallback(memory=0), max_epochs=1).fit(Padded(), DataLoader(samples, 8))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Samples must have the same shape .* Or pass `memory=0` to BanditSelection"):
+        trainer(BanditSelectionCallback(), max_epochs=1).fit(Padded(), DataLoader(samples, 8))  # type: ignore[arg-type]
+
+
+def test_labels_that_are_no_classes_are_told(trainer: Make) -> None:
+    data = DataLoader(TensorDataset(torch.randn(8, 4), torch.randn(8)), 4)
+    with pytest.raises(ValueError, match=r"needs labels, .* found torch.float32 \(4,\) .* Or pass `arms=`, a function"):
+        trainer(BanditSelectionCallback(), max_epochs=1).fit(Deep(), data)
+
+
+def test_clusters_of_iterable_data_are_refused(trainer: Make) -> None:
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter([(torch.randn(4), number % 3) for number in range(16)])
+
+    trainer(BanditSelectionCallback(), max_epochs=1).fit(Deep(), DataLoader(Stream(), 8))
+    with pytest.raises(MisconfigurationException, match=r"but got an iterable data set. Use .* `arms='class'`"):
+        trainer(BanditSelectionCallback(arms="kmeans"), max_epochs=1).fit(Deep(), DataLoader(Stream(), 8))
 
 
 def test_a_budget_that_no_arm_fits_is_told_before_training(trainer: Make) -> None:
@@ -793,26 +1279,84 @@ def test_labels_that_are_missing_are_told(trainer: Make) -> None:
         trainer(bandit, max_epochs=1).fit(Deep(), loader())
 
 
-def test_a_line_search_is_refused(trainer: Make) -> None:
-    module = Deep(lambda p: torch.optim.LBFGS(p, line_search_fn="strong_wolfe"))
-    with pytest.raises(MisconfigurationException, match="but a line search moves them within one"):
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs_is_refused(trainer: Make, search: Any) -> None:
+    module = Deep(lambda p: torch.optim.LBFGS(p, line_search_fn=search))
+    with pytest.raises(MisconfigurationException, match="but `LBFGS` moves all of them together, several times within"):
         trainer(BanditSelectionCallback("weights", budget=0.4), max_epochs=1).fit(module, loader())
 
 
-def test_a_module_of_other_arms_does_not_take_up_the_state(trainer: Make) -> None:
-    bandit = BanditSelectionCallback("weights", budget=0.4, every=2)
+class Stop(L.Callback):
+    """Saves a checkpoint after some step, or breaks off."""
 
-    class Stop(L.Callback):
-        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            if trainer.global_step == 5:
-                self.state = copy.deepcopy(bandit.state_dict())
+    def __init__(self, path: Path | None, step: int = 5) -> None:
+        self.path, self.step = path, step
 
-    stop = Stop()
-    trainer(bandit, stop, max_epochs=1).fit(Deep(), loader())
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            if self.path is None:
+                raise KeyError("broken off")
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_module_of_other_arms_does_not_resume(trainer: Make, tmp_path: Path) -> None:
+    path = tmp_path / "stopped.ckpt"
+    trainer(BanditSelectionCallback("weights", budget=0.4, every=2), Stop(path), max_epochs=1).fit(Deep(), loader())
     other = BanditSelectionCallback("weights", arms={"a": "net.0.*", "b": "net.3.*"}, budget=0.7)
-    other.load_state_dict(stop.state)
     with pytest.raises(ValueError, match=r"The state knows the arms \['net.0', 'net.3', 'net.6'\], but the module has"):
-        trainer(other, max_epochs=1).fit(Deep(), loader())
+        trainer(other, max_epochs=1).fit(Deep(), loader(), ckpt_path=path, weights_only=True)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_arms_are_resumed_as_they_were_dealt_whatever_was_thawed_since(trainer: Make, tmp_path: Path) -> None:
+    path = tmp_path / "stopped.ckpt"
+    module = Deep()
+    module.net[0].requires_grad_(False)
+    bandit = BanditSelectionCallback("weights", budget=0.6, every=2)
+    trainer(bandit, Stop(path), max_epochs=1).fit(module, loader())
+    assert bandit.arm_names() == ["net.3", "net.6"]
+    again = BanditSelectionCallback("weights", budget=0.6, every=2)
+    trainer(again, max_epochs=1).fit(Deep(), loader(), ckpt_path=path, weights_only=True)
+    assert again.arm_names() == ["net.3", "net.6"]
+    assert again.history()["plays"].tolist() == bandit.history()["plays"].tolist()
+
+
+class Shallow(Deep):
+    """Two arms that are none of `Deep`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            *(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.ReLU(), nn.Linear(5, 5), nn.Linear(5, 6))
+        )
+
+
+def test_what_was_played_when_a_fit_broke_off_is_dropped_but_not_the_history(trainer: Make, tmp_path: Path) -> None:
+    bandit = BanditSelectionCallback("weights", budget=0.7, every=2)
+    with pytest.raises(KeyError):
+        trainer(bandit, Stop(None), max_epochs=1).fit(Deep(), loader())
+    trainer(bandit, max_epochs=1).fit(Shallow(), loader())
+    assert bandit.arm_names() == ["net.0", "net.3", "net.6", "net.2", "net.5"]
+    assert bandit.history()["steps"].tolist() == [2, 4, 7, 9, 11]  # the fifth batch was the last of the first fit
+    assert bandit.history()["plays"].isnan().any(1).tolist() == [True] * 5
+
+
+@pytest.mark.filterwarnings("ignore:.*was saved inside a task")
+def test_a_checkpoint_of_mid_task_is_restored_for_the_next_update(trainer: Make, tmp_path: Path) -> None:
+    path = tmp_path / "stopped.ckpt"
+    trainer(BanditSelectionCallback("weights", budget=0.7, every=2), Stop(path), max_epochs=1).fit(Deep(), loader())
+    module = Deep()
+    module.net[0].requires_grad_(False)
+    bandit = BanditSelectionCallback("weights", budget=0.7, every=2)
+    restore(path, module, [bandit])
+    assert bandit.arm_names() == ["net.0", "net.3", "net.6"]
+    assert len(bandit.plot().axes) == 2
+    trainer(bandit, max_epochs=1).fit(module, loader())
+    plays = bandit.history()["plays"]
+    assert plays.shape == (5, 3)
+    assert bool(plays[2:, 0].isnan().all())
+    assert bandit.state_dict()["weights"]["play"] is None
 
 
 def test_only_what_is_selected_has_a_history() -> None:
