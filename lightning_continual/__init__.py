@@ -1,6 +1,7 @@
 """Continual learning for PyTorch Lightning: callbacks for any ``LightningModule``."""
 
 from lightning_continual.callbacks.accuracy_matrix import AccuracyMatrixCallback
+from lightning_continual.callbacks.adaptive_compression import AdaptiveCompressionCallback
 from lightning_continual.callbacks.bandit_selection import BanditSelectionCallback
 from lightning_continual.callbacks.clnp import CLNPCallback
 from lightning_continual.callbacks.cost import CostCallback
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AccuracyMatrix",
     "AccuracyMatrixCallback",
+    "AdaptiveCompressionCallback",
     "BanditSelectionCallback",
     "CLNPCallback",
     "ClassBalancedMemory",

@@ -18,10 +18,14 @@ import lightning_continual
 
 PACKAGE = Path(lightning_continual.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-NUMERICS = ("parameters", "memory", "metrics", "importance", "constraints", "bandits", "compression", "capacity", "heads", "_batch")
+NUMERICS = (
+    *("parameters", "memory", "metrics", "importance", "constraints", "bandits", "compression", "capacity", "heads"),
+    *("ownership", "packed", "search", "_batch"),
+)
 GLUE = ("stream", "data", "callbacks", "selection", "comparison", "_host", "cli", "demo")
 
 LONG = {
+    "callbacks/adaptive_compression.py": "the search at the boundary beside what a task sees, behind one constructor",
     "callbacks/bandit_selection.py": "both selections behind one constructor, whose every argument is documented",
     "memory/memory.py": "drawing, shares of processes and state, each with its docstring",
     "metrics.py": "one formula a function, each with its docstring; and the metric that collects the matrix",

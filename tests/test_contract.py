@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from lightning_continual import (
     AccuracyMatrixCallback,
+    AdaptiveCompressionCallback,
     BanditSelectionCallback,
     ClassBalancedMemory,
     CLNPCallback,
@@ -140,6 +141,16 @@ ROWS = {
         neutral=lambda: CLNPCallback(threshold={"net.*": math.inf, "*": math.inf}, l1={"*": 0.0}),
         in_fit=False,
         distributed=lambda: CLNPCallback(1.0, l1=1e-3, passes=4, monitor="val_loss", higher_is_better=False),
+    ),
+    "adaptive compression": Row(
+        active=lambda: AdaptiveCompressionCallback(100.0, monitor="val_loss", higher_is_better=False, trials=2),
+        neutral=lambda: AdaptiveCompressionCallback(100.0, monitor="val_loss", higher_is_better=False, parameters=()),
+        distributed=lambda: AdaptiveCompressionCallback(100.0, monitor="val_loss", higher_is_better=False, trials=2),
+    ),
+    "packnet": Row(
+        active=lambda: AdaptiveCompressionCallback(share=0.5, monitor=None),
+        neutral=lambda: AdaptiveCompressionCallback(share=0.5, monitor=None, parameters=()),
+        distributed=lambda: AdaptiveCompressionCallback(share=0.5, monitor=None),
     ),
     "task early stopping": Row(
         active=lambda: TaskEarlyStopping("val_loss", patience=1, min_delta=0.5),

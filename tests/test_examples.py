@@ -117,3 +117,42 @@ def test_the_comparison_runs_on_fashion_mnist(tmp_path: Path, real_data: Path) -
     grid = "--selector", "magnitude", "--amount", "0.75", "--level", "unit", "--epochs", "1", "--net", "cnn"
     printed = run("compress_model.py", *folder, *grid, folder=tmp_path)
     assert "magnitude, 75 % of units, fine-tuned" in printed
+
+
+def test_shares_are_searched_for_tasks_of_different_size(tmp_path: Path) -> None:
+    for extra in ("sklearn", "matplotlib", "optuna"):
+        pytest.importorskip(extra)
+    few = "--trials", "3", "--epochs", "15", "--width", "60", "--fixed", "0.5"
+    printed = run("adaptive_compression.py", *few, folder=tmp_path)
+    table = read(tmp_path / "compression" / "table.csv")
+    assert set(table) == {"adaptive", "fixed 0.5"}
+    assert float(table["adaptive"]["mean"]) > 0.6
+    assert float(table["adaptive"]["0 and 1"]) > 0.9
+    assert 0.8 < float(table["fixed 0.5"]["used"]) <= 1 - 0.5**4 + 0.01  # less, where inputs are always zero
+    assert "of the weights used" in printed
+    for name in ("search_0", "search_3", "capacity", "scores"):
+        assert (tmp_path / "compression" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_segmentation_forgets_nothing(tmp_path: Path) -> None:
+    for extra in ("matplotlib", "optuna"):
+        pytest.importorskip(extra)
+    few = "--trials", "2", "--epochs", "5", "--width", "4"
+    printed = run("adaptive_segmentation.py", *few, folder=tmp_path)
+    with (tmp_path / "segmentation" / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["task"] for row in rows] == ["disc", "square", "bars"]
+    assert all(float(row["miou"]) > 0.2 for row in rows)
+    assert "of one network used" in printed
+    for name in ("predictions", "capacity", "scores"):
+        assert (tmp_path / "segmentation" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_clnp_learns_permuted_digits_and_forgets_nothing(tmp_path: Path, real_data: Path) -> None:
+    pytest.importorskip("torchvision")
+    pytest.importorskip("torch_pruning")
+    options = "--tasks", "2", "--width", "100", "--epochs", "1", "--tolerance", "0.01"
+    printed = run("clnp_permuted_mnist.py", "--folder", str(real_data), *options, folder=tmp_path)
+    assert "tasks whose logits have changed since: 0" in printed
+    assert float(read(tmp_path / "clnp" / "clnp.csv")["clnp"]["mean"]) > 60
+    assert (tmp_path / "clnp" / "units.png").read_bytes().startswith(b"\x89PNG")

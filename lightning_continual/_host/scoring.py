@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from lightning_continual._host.loaders import to_device
+from lightning_continual._host.loops import callbacks_of
 from lightning_continual._host.processes import is_distributed
 from lightning_continual._host.traces import observing
 from lightning_continual.heads import at_task
@@ -37,7 +38,8 @@ def score(
         loader: Batches for ``validation_step``.
         limit: The largest number of batches; all when ``None``.
         tick: Called after every batch.
-        task: The task at which task heads are meanwhile; that at which they are when ``None``.
+        task: The task whose network is scored: task heads are at it, and a callback that has learnt it (with `tasks`
+            and `as_task`) shows what it sees. The module as it stands when ``None``.
 
     Returns:
         The logged values by key, as floats.
@@ -49,8 +51,7 @@ def score(
     def hook(name: str, *args: Any) -> None:
         call._call_lightning_module_hook(trainer, name, *args)
 
-    heads = nullcontext() if task is None else at_task(module, task)
-    with observing(module), heads, _validating(trainer) as results:
+    with observing(module), _seen_by(trainer, task), _validating(trainer) as results:
         hook("on_validation_model_eval")
         hook("on_validation_start")
         hook("on_validation_epoch_start")
@@ -73,6 +74,18 @@ def score(
         logged = results.metrics(on_step=False)["callback"]
         hook("on_validation_end")
         return {key: float(value) for key, value in logged.items() if isinstance(value, Tensor | float | int)}
+
+
+@contextmanager
+def _seen_by(trainer: Any, task: int | None) -> Iterator[None]:
+    """Let the module be what a task sees: heads at the task, and what a callback that has learnt it makes of it."""
+    with ExitStack() as stack:
+        if task is not None:
+            stack.enter_context(at_task(trainer.lightning_module, task))
+            for one in callbacks_of(trainer):
+                if hasattr(one, "as_task") and task in getattr(one, "tasks", ()):
+                    stack.enter_context(one.as_task(trainer.lightning_module, task))
+        yield
 
 
 @contextmanager

@@ -1,0 +1,234 @@
+"""Semantic segmentation of tasks one after the other in one small U-Net: nothing forgotten, capacity as needed.
+
+    python examples/adaptive_segmentation.py                  # shapes drawn at random
+    python examples/adaptive_segmentation.py --folder DATA --epochs 12 --retrain 6 --trials 3 --tolerance 0
+                                                              # street scenes: camvid_120x90.npz of DATA
+
+The tasks are groups of classes over the same images: on street scenes sky, building and tree; road, pavement and
+fence; cars, pedestrians and cyclists. Everything else is background. Shares are searched by the mean intersection over
+union of torchmetrics on the validation images (a mean over images). Written is that of the test images (each class over
+all images, then the mean) for the network of all tasks and for one network a task, with a picture of predictions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import statistics
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import matplotlib.figure
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from torchmetrics.segmentation import MeanIoU
+
+from lightning_continual import AdaptiveCompressionCallback, ContinualDataModule, Task, TaskStream
+
+# Classes of CamVid: 0 sky, 1 building, 2 pole, 3 road, 4 pavement, 5 tree, 6 sign, 7 fence, 8 car, 9 pedestrian,
+# 10 cyclist, 11 unlabelled.
+STREET = {"far": [0, 1, 5], "ground": [3, 4, 7], "vehicles": [8, 9, 10]}
+SHAPES = {"disc": [1], "square": [2], "bars": [3]}
+
+
+def block(in_channels: int, out_channels: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for number in (in_channels, out_channels):
+        layers += [nn.Conv2d(number, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class UNet(L.LightningModule):
+    """Two steps down, two up; the last layer is named `head`, of which each task has a copy of its own."""
+
+    def __init__(self, width: int, num_outputs: int, lr: float) -> None:
+        super().__init__()
+        self.down = nn.ModuleList([block(3, width), block(width, 2 * width), block(2 * width, 4 * width)])
+        self.up = nn.ModuleList([block(6 * width, 2 * width), block(3 * width, width)])
+        self.head = nn.Conv2d(width, num_outputs, 1)
+        self.iou = MeanIoU(num_outputs, include_background=False, input_format="index")
+        self.lr = lr
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.down[0](x)
+        middle = self.down[1](nn.functional.max_pool2d(fine, 2))
+        coarse = self.down[2](nn.functional.max_pool2d(middle, 2))
+        for layer, skip in zip(self.up, (middle, fine), strict=True):
+            coarse = nn.functional.interpolate(coarse, skip.shape[-2:], mode="nearest")
+            coarse = layer(torch.cat([coarse, skip], dim=1))
+        return self.head(coarse)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1], ignore_index=255)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        known = batch[1] != 255
+        self.iou.update(torch.where(known, self(batch[0]).argmax(1), 0), torch.where(known, batch[1], 0))
+        self.log("val_miou", self.iou)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
+        steps = int(self.trainer.estimated_stepping_batches)  # of a task, or of retraining
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def of_task(labels: Tensor, classes: list[int], unlabelled: int) -> Tensor:
+    """Number a task's classes from 1; 0 is everything else, and 255 what has no label."""
+    own = torch.zeros_like(labels)
+    for number, one in enumerate(classes, 1):
+        own[labels == one] = number
+    own[labels == unlabelled] = 255
+    return own
+
+
+def shapes(number: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
+    """Draw a disc, a square and two bars into each image, under noise."""
+    generator = torch.Generator().manual_seed(seed)
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    labels = torch.zeros(number, size, size, dtype=torch.long)
+    for one in labels:
+        a, b, c, d, e = (torch.rand(5, generator=generator) * (size - 12) + 6).tolist()
+        one[((x - e).abs() < 2) | ((x - e - 5).abs() < 2)] = 3
+        one[((x - a).abs() < 5) & ((y - b).abs() < 5)] = 2
+        one[(x - c) ** 2 + (y - d) ** 2 < 30] = 1
+    colors = torch.tensor([[0.3, 0.3, 0.3], [0.7, 0.3, 0.3], [0.3, 0.6, 0.3], [0.3, 0.3, 0.7]])
+    images = colors[labels].movedim(-1, 1)
+    return images + 0.3 * torch.randn(images.shape, generator=generator), labels
+
+
+def load(options: argparse.Namespace) -> tuple[dict[str, list[int]], list[tuple[Tensor, Tensor]], int]:
+    """Return the classes of each task, images and labels of training, validation and test, and what is unlabelled."""
+    if options.folder is None:
+        return SHAPES, [shapes(number, seed) for seed, number in enumerate((160, 60, 60))], -1
+    arrays = np.load(options.folder / "camvid_120x90.npz")
+    parts = []
+    for name in ("train", "val", "test"):
+        x = torch.from_numpy(arrays[f"{name}_x"][: options.images]).float().movedim(-1, 1) / 255
+        x = nn.functional.interpolate(x, scale_factor=options.scale, mode="area")
+        y = torch.from_numpy(arrays[f"{name}_y"][: options.images]).long()[:, None].float()
+        parts.append((x - 0.5, nn.functional.interpolate(y, x.shape[-2:], mode="nearest")[:, 0].long()))
+    return STREET, parts, 11
+
+
+def fit(tasks: list[Task], num_outputs: int, callbacks: list[L.Callback], options: argparse.Namespace) -> UNet:
+    L.seed_everything(options.seed, verbose=False)
+    model = UNet(options.width, num_outputs, options.lr)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=-1,  # the stream decides
+        callbacks=[TaskStream(options.epochs), *callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=options.progress,
+        check_val_every_n_epoch=options.epochs,
+    )
+    trainer.fit(model, datamodule=ContinualDataModule(tasks, batch_size=options.batch_size, seed=options.seed))
+    return model
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([model(batch).argmax(1) for batch in images.split(20)])
+
+
+def miou(predicted: Tensor, labels: Tensor, num_outputs: int) -> float:
+    """Mean over the classes of the task, each over all images."""
+    known = labels != 255
+    scores = []
+    for number in range(1, num_outputs):
+        a, b = (predicted == number) & known, (labels == number) & known
+        if bool((a | b).any()):
+            scores.append(float((a & b).sum() / (a | b).sum()))
+    return statistics.mean(scores)
+
+
+def picture(images: Tensor, labels: list[Tensor], predicted: list[Tensor], names: list[str], path: Path) -> None:
+    figure = matplotlib.figure.Figure((2 + 4.4 * len(names), 2 * len(images)), layout="compressed")
+    axes = figure.subplots(len(images), 1 + 2 * len(names), squeeze=False)
+    for row, image in enumerate(images):
+        shown = [((image - image.min()) / (image.max() - image.min())).movedim(0, -1)]
+        for truth, found in zip(labels, predicted, strict=True):
+            shown += [truth[row].where(truth[row] != 255, 0), found[row]]
+        for ax, one in zip(axes[row], shown, strict=True):
+            ax.imshow(one, cmap="cividis", vmin=0, vmax=None if one.ndim == 3 else 3, interpolation="nearest")
+            ax.set_axis_off()
+    titles = ["image", *(f"{name}: {kind}" for name in names for kind in ("labels", "predicted"))]
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where camvid_120x90.npz lies")
+    parser.add_argument("--output", type=Path, default=Path("segmentation"), help="where table and figures go")
+    parser.add_argument("--images", type=int, default=None, help="so many images of each part, for a quick run")
+    parser.add_argument("--scale", type=float, default=0.5, help="of the street scenes")
+    parser.add_argument("--width", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--retrain", type=int, default=2)
+    parser.add_argument("--trials", type=int, default=6)
+    parser.add_argument("--tolerance", type=float, default=0.02)
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--progress", action="store_true")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", module="lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    options.output.mkdir(parents=True, exist_ok=True)
+
+    groups, parts, unlabelled = load(options)
+    num_outputs = 1 + max(map(len, groups.values()))
+    labels = {name: [of_task(y, classes, unlabelled) for _, y in parts] for name, classes in groups.items()}
+    tasks = [
+        Task(*(TensorDataset(x, y) for (x, _), y in zip(parts, own, strict=True)), name=name)
+        for name, own in labels.items()
+    ]
+    compression = AdaptiveCompressionCallback(
+        options.tolerance,
+        trials=options.trials,
+        monitor="val_miou",
+        retrain_epochs=options.retrain,
+        num_tasks=len(tasks),
+        norms="per-task",
+        head="head.*",
+        seed=options.seed,
+    )
+    model = fit(tasks, num_outputs, [compression], options)
+    images, found, rows = parts[2][0], [], []
+    for number, (one, own) in enumerate(zip(tasks, labels.values(), strict=True)):
+        with compression.as_task(model, number):
+            found.append(predictions(model, images))
+        alone = predictions(fit([one], num_outputs, [], options).eval(), images)
+        scores = [miou(predicted, own[2], num_outputs) for predicted in (found[-1], alone)]
+        rows.append([one.name, *scores, compression.packed.found[number].share])
+        print(f"{one.name:<10} mIoU {100 * scores[0]:5.1f}, alone {100 * scores[1]:5.1f}, gave back {rows[-1][-1]:.3f}")
+    means = [statistics.mean(row[column] for row in rows) for column in (1, 2)]
+    used = 1 - compression.packed.free_share
+    print(f"mean       mIoU {100 * means[0]:5.1f}, alone {100 * means[1]:5.1f}; {100 * used:.0f} % of one network used")
+    with (options.output / "table.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["task", "miou", "alone", "share"])
+        writer.writerows(rows)
+    shown = slice(None, None, max(1, len(images) // 3))
+    picture(
+        images[shown][:3],
+        [own[2][shown][:3] for own in labels.values()],
+        [one[shown][:3] for one in found],
+        list(groups),
+        options.output / "predictions.png",
+    )
+    compression.plot_capacity().savefig(options.output / "capacity.png")
+    compression.plot_scores().savefig(options.output / "scores.png")
+
+
+if __name__ == "__main__":
+    main()
