@@ -24,7 +24,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_continual import ContinualDataModule, Task, TaskStream, restore
+from lightning_continual import AccuracyMatrixCallback, ContinualDataModule, Task, TaskStream, restore
 from lightning_continual._host import retraining
 from lightning_continual.callbacks import adaptive_compression
 from lightning_continual.callbacks.adaptive_compression import AdaptiveCompressionCallback
@@ -156,6 +156,16 @@ class Decaying(Net):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return super().training_step(batch, batch_idx) + 0.1 * sum(p.square().sum() for p in self.parameters())
+
+
+@pytest.mark.parametrize("norms", ["hold", "per-task"])
+def test_the_accuracy_matrix_scores_what_each_task_sees(trainer: Make, norms: Any) -> None:
+    matrix = AccuracyMatrixCallback("val_loss", higher_is_better=False, verbose=False, baseline=False)
+    trainer(packnet(norms=norms), matrix, TaskStream(2)).fit(net(), datamodule=data_of())
+    scores = matrix.matrix.compute()
+    for task in range(3):
+        learnt = scores[task:, task]
+        assert torch.equal(learnt, learnt[:1].expand_as(learnt))
 
 
 def test_heads_of_old_tasks_are_held(trainer: Make) -> None:
