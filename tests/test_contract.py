@@ -424,6 +424,36 @@ def test_an_exception_leaves_no_wrapper(trainer: Callable[..., L.Trainer], row: 
         assert not [name for name, value in vars(owner).items() if hasattr(value, "__wrapped__")]
 
 
+class Broken(Classifier):
+    """Raises in a step of training, wherever its training step is called from."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.training and self.trainer.global_step >= self.step:
+            raise RuntimeError("in a training step")
+        return super().training_step(batch, batch_idx)
+
+
+@over_all
+@pytest.mark.parametrize("step", [1, 9, 20], ids="step={}".format)
+def test_an_exception_in_a_training_step_leaves_the_module_as_it_was(
+    trainer: Callable[..., L.Trainer], row: Row, step: int
+) -> None:
+    def seen(module: Any) -> Any:
+        return traces(module)[4:], [(name, one.training) for name, one in module.named_modules()]
+
+    module = Broken(step)
+    before = seen(module)
+    with pytest.raises(RuntimeError, match="in a training step"):
+        run(trainer, row.active(), module=module)
+    assert seen(module) == before
+    assert not [name for name, value in vars(module).items() if hasattr(value, "__wrapped__")]
+    assert "log" not in vars(module)
+
+
 @rows(in_fit=True, needs_stream=False)
 def test_any_loader_serves_where_each_fit_is_a_task(trainer: Callable[..., L.Trainer], row: Row) -> None:
     def weights(*callbacks: L.Callback) -> dict[str, Tensor]:

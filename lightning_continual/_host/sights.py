@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning_continual._host.heads import FollowsLoaders
 from lightning_continual.heads import task_heads
 
 
-class SeesLoaders(FollowsLoaders):
+class SeesLoaders(FollowsLoaders, ABC):
     """Where several loaders are evaluated outside a fit, lets a module be what the task of each loader's number sees.
 
     To be derived before `FollowsLoaders`, whose rule it keeps: with more loaders than tasks of a head, those loaders
@@ -25,13 +26,13 @@ class SeesLoaders(FollowsLoaders):
         self._seen: int | None = None
 
     @property
+    @abstractmethod
     def tasks(self) -> list[int]:
         """The tasks learnt, from 0."""
-        raise NotImplementedError
 
+    @abstractmethod
     def as_task(self, model: nn.Module, task: int) -> AbstractContextManager[None]:
         """Let a model be what a task sees."""
-        raise NotImplementedError
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -123,7 +123,7 @@ class BanditSelectionCallback(ContinualCallback):
         arms: Any = None,
         budget: float | Sequence[float] = 0.3,
         every: int = 100,
-        measure_every: int = 25,
+        measure_every: int = 100,
         memory: int | ClassBalancedMemory = 2000,
         unbiased: bool = False,
         losses: Callable[[Any, Any], Tensor] | None = None,

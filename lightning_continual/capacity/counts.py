@@ -95,8 +95,8 @@ def units_table(counts: Sequence[UnitCounts]) -> str:
         task  layer  units  new  reused  idle  free
            0  net.0     10    3       0     0     7
     """
-    table = [("task", "layer", "units", "new", "reused", "idle", "free")]
-    table += [tuple(map(str, (c.task, c.layer, c.total, c.new, c.reused, c.idle, c.free))) for c in counts]  # type: ignore[misc]
+    table = [["task", "layer", "units", "new", "reused", "idle", "free"]]
+    table += [[str(one) for one in (c.task, c.layer, c.total, c.new, c.reused, c.idle, c.free)] for c in counts]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
         "  ".join(

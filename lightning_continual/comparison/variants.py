@@ -300,9 +300,10 @@ class _Zeros(L.Callback):
 
 def _quantization(name: str) -> tuple[int, Per] | Kind:
     """Return bits and what has a grid of its own, or a kind of torchao's."""
-    for kind in get_args(Kind):
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    for kind in kinds:
         if name == kind:
-            return kind  # type: ignore[no-any-return]
+            return kind
     match = re.fullmatch(r"(\d+)(-channel)?", name)
     if match is None or not 1 <= int(match[1]) <= 16:
         raise ValueError(

@@ -199,6 +199,6 @@ def test_selecting_samples_costs_little_and_half_of_them_saves_as_much(network: 
         f"step {times['full'] * 1e3:.2f} ms: {times['own'] / times['full']:.3f} + {rewards / times['full']:.3f}; "
         f"an epoch of half the samples takes {epoch:.2f} of the full one"
     )
-    assert times["own"] <= most * times["full"]
+    assert times["own"] + rewards <= most * times["full"]
     if network is cnn:
         assert epoch <= 0.6
