@@ -20,6 +20,7 @@ from lightning_continual._host.validation import LastValidation, monitored, shar
 from lightning_continual.compression.surgery import copy_of
 from lightning_continual.constraints import Pin
 from lightning_continual.data import seed_of
+from lightning_continual.report.units import units_figure
 from lightning_continual.stream import ContinualCallback
 
 
@@ -151,7 +152,7 @@ class CLNPCallback(ContinualCallback):
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the counts as stacked bars; see `units_figure`."""
-        return capacity.units_figure(self.learnt.counts, ax=ax)
+        return units_figure(self.learnt.counts, ax=ax)
 
     @contextmanager
     def as_task(self, model: nn.Module, task: int) -> Iterator[None]:

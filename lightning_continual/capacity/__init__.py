@@ -1,7 +1,7 @@
 """The capacity of a network: which units tasks are in, and which are free for later ones."""
 
 from lightning_continual.capacity.activity import active_units, activity_read, relative_activity
-from lightning_continual.capacity.counts import UnitCounts, count_units, units_figure, units_table
+from lightning_continual.capacity.counts import UnitCounts, count_units, units_table
 from lightning_continual.capacity.forgetting import graceful_threshold
 from lightning_continual.capacity.kinds import (
     add_l1_gradient_,
@@ -44,7 +44,6 @@ __all__ = [
     "pin_of",
     "relative_activity",
     "reset_free_",
-    "units_figure",
     "units_table",
     "untrained_units",
 ]

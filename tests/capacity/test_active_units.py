@@ -24,10 +24,10 @@ from lightning_continual.capacity import (
     pin_of,
     relative_activity,
     reset_free_,
-    units_figure,
     units_table,
 )
 from lightning_continual.heads import TaskHead
+from lightning_continual.report import units_figure
 
 
 def network() -> nn.Module:
