@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--level", nargs="+", choices=["parameter", "unit"], default=["parameter", "unit"])
     parser.add_argument("--epochs", type=int, help="of training, by default 15 for digits, 5 for fashion")
     parser.add_argument("--fine-tuning", type=int, help="epochs, by default 2 for digits, 1 for fashion")
+    parser.add_argument("--scratch", type=int, help="epochs from scratch, by default all of both; 0 leaves it out")
     parser.add_argument("--tolerance", type=float, default=0.01)
     parser.add_argument("--save", type=Path, help="where to put a checkpoint of the first network")
     options = parser.parse_args()
@@ -144,7 +145,7 @@ def main() -> None:
         options.amount or (ALL_AMOUNTS if is_full else defaults["amount"]),
         options.level,
         epochs=fine_tuning,
-        scratch_epochs=epochs + fine_tuning,
+        scratch_epochs=epochs + fine_tuning if options.scratch is None else options.scratch,
     )
     data = loaders(options.data, options.folder, defaults["batch_size"])
     setting = Setting(data)

@@ -785,3 +785,58 @@ def test_what_is_held_stays_where_it_was_through_a_fit(
     trainer(Pinned(), max_epochs=2, **options).fit(module, datamodule=data)
     assert torch.equal(module.net[0].weight[0], before[0])
     assert not torch.equal(module.net[0].weight[1:], before[1:])
+
+
+class Looks(L.Callback):
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        """A callback of somebody else's, which may look at gradients."""
+
+
+class LooksItself(Classifier):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """The same in the user's module."""
+
+
+class Muon(torch.optim.SGD):
+    """An optimizer of somebody else's, which may mix gradients."""
+
+
+class MixesGradients(Classifier):
+    def configure_optimizers(self) -> Any:
+        return Muon(self.parameters(), lr=0.1)
+
+
+class GradientsSeen(Pinned):
+    """Notes whether the gradients of what is held are zero."""
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        self.are_zero = not pl_module.net[0].weight.grad[0].any()
+
+
+@pytest.mark.parametrize(
+    ("make", "callbacks", "options", "are_zero"),
+    [
+        (Classifier, [L.callbacks.ModelSummary()], {}, False),
+        (Classifier, [], {"gradient_clip_val": 1.0}, True),
+        (Classifier, [Looks()], {}, True),
+        (Classifier, [L.callbacks.LambdaCallback(on_before_zero_grad=lambda *args: None)], {}, True),
+        (LooksItself, [], {}, True),
+        (MixesGradients, [], {}, True),
+    ],
+    ids=["unseen", "clipping", "callback", "lambda", "module", "optimizer"],
+)
+def test_gradients_of_what_is_held_are_set_to_zero_where_others_may_look_at_them(
+    trainer: Callable[..., L.Trainer],
+    make: Callable[[], Classifier],
+    callbacks: list[L.Callback],
+    options: dict[str, Any],
+    are_zero: bool,
+) -> None:
+    torch.manual_seed(0)
+    pinned, module = GradientsSeen(), make()
+    data = ContinualDataModule(make_tasks(val=False), batch_size=4)
+    before = module.net[0].weight.detach().clone()
+    trainer(pinned, *callbacks, max_epochs=1, **options).fit(module, datamodule=data)
+    assert pinned.are_zero == are_zero
+    assert torch.equal(module.net[0].weight[0], before[0])

@@ -37,10 +37,10 @@ def is_compiled(pl_module: Any) -> bool:
     return getattr(pl_module, "_compiler_ctx", None) is not None
 
 
-def is_overridden(name: str, pl_module: Any) -> bool:
-    """Whether a module defines a hook that Lightning, under either of its names, leaves to users."""
-    parent = next(one for one in type(pl_module).__mro__ if one.__name__ == "LightningModule")
-    return model_helpers.is_overridden(name, pl_module, parent)
+def is_overridden(name: str, owner: Any) -> bool:
+    """Whether a module or callback defines a hook that Lightning, under either of its names, leaves to users."""
+    parent = next(one for one in type(owner).__mro__ if one.__name__ in ("LightningModule", "Callback"))
+    return model_helpers.is_overridden(name, owner, parent)
 
 
 def epochs_processed(trainer: Any) -> int:

@@ -6,10 +6,17 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
+from lightning_continual._host.loops import is_overridden
 from lightning_continual.constraints import Pin
+
+_ELEMENTWISE = {
+    *(optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax),
+    *(optim.RMSprop, optim.Adagrad, optim.Adadelta, optim.ASGD, optim.Rprop),
+}
+"""Optimizers that move each weight by its own gradients alone, whatever those of other weights are."""
 
 _hooks: WeakKeyDictionary[Optimizer, dict[Any, Any]] = WeakKeyDictionary()
 
@@ -41,9 +48,28 @@ def forget_steps(key: Any) -> None:
 
 
 def hold(module: nn.Module, optimizer: Optimizer, key: Any, pin: Pin) -> None:
-    """Hold what is pinned through the optimizer's next step; to be called in ``on_before_optimizer_step``."""
+    """Hold what is pinned through the optimizer's next step; to be called in ``on_before_optimizer_step`` of ``key``.
+
+    Gradients are set to zero only where something else may look at them, for that costs as much as the rest.
+    """
     if not pin:
         return
     parameters = parameters_of(module, optimizer)
-    pin.mask_gradients_(parameters)
+    if _is_seen_by_others(module, optimizer, key):
+        pin.mask_gradients_(parameters)
     after_step(optimizer, key, lambda: pin.put_back_(parameters))
+
+
+def _is_seen_by_others(module: Any, optimizer: Optimizer, key: Any) -> bool:
+    """Whether a gradient may have a say in other weights' steps, or be seen by another callback or the user."""
+    trainer = getattr(module, "_trainer", None)
+    if trainer is None or trainer.gradient_clip_val or type(optimizer) not in _ELEMENTWISE:
+        return True
+    if optimizer._optimizer_step_pre_hooks:
+        return True
+    hooks = ("on_before_optimizer_step", "on_before_zero_grad")
+    own = (*hooks, "configure_gradient_clipping", "optimizer_step")
+    others = [one for one in trainer.callbacks if one is not key]
+    return any(is_overridden(name, module) for name in own) or any(
+        is_overridden(name, one) for one in others for name in hooks
+    )

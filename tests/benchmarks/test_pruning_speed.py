@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,12 @@ def mlp() -> nn.Module:
     )
 
 
+class Wrapped(L.LightningModule):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+
 def seconds(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each function, measured in turn, so that a disturbance meets all of them."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -47,12 +54,12 @@ def seconds(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-# Holding reads and writes each weight and its gradient once more: 5 of about 80 passes over the weights in a step of
-# 8 small images, where there is little to compute for each weight, and fewer in a step that has more to compute.
+# Holding reads and writes each weight once more, where nothing else looks at the gradients: 3 of about 80 passes over
+# the weights in a step of 8 small images, with little to compute for each weight, and fewer in one of more to compute.
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, float]] = {
-    "ResNet-18, 8 of 3x64x64": (resnet, (8, 3, 64, 64), 15, 0.2),
+    "ResNet-18, 8 of 3x64x64": (resnet, (8, 3, 64, 64), 15, 0.06),
     "ResNet-18, 64 of 3x64x64": (resnet, (64, 3, 64, 64), 5, 0.03),
-    "MLP, 128 of 784": (mlp, (128, 784), 300, 0.2),
+    "MLP, 128 of 784": (mlp, (128, 784), 300, 0.03),
     "MLP, 1024 of 784": (mlp, (1024, 784), 60, 0.03),
 }
 
@@ -61,23 +68,24 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, float]] = 
 def test_holding_zeros_costs_little_of_a_step(
     make: Callable[[], nn.Module], shape: tuple[int, ...], repeats: int, limit: float
 ) -> None:
-    model = make()
+    model = Wrapped(make())
     x, y = torch.randn(shape), torch.randint(10, shape[:1])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     pruning = PruningCallback("magnitude", 0.9)
     parameters = {name: p for name, p in model.named_parameters() if p.ndim > 1}
     pruning.pin = Pin.at(parameters, {name: torch.rand_like(p) < 0.9 for name, p in parameters.items()})
-    trainer: Any = SimpleNamespace(precision_plugin=None)
+    trainer: Any = SimpleNamespace(precision_plugin=None, gradient_clip_val=None, callbacks=[pruning])
+    model._trainer = trainer
     idle: Any = torch.optim.SGD(parameters.values(), lr=0.0)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=False)  # so that there are gradients to hold
-        F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(model.network(x), y).backward()
         optimizer.step()
 
     def hold() -> None:
         """What the Trainer calls before a step, and what is called after it."""
-        pruning.on_before_optimizer_step(trainer, model, idle)  # type: ignore[arg-type]
+        pruning.on_before_optimizer_step(trainer, model, idle)
         for hook in list(idle._optimizer_step_post_hooks.values()):
             hook(idle, (), {})
 
