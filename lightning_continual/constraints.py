@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_continual.parameters import ParamDict
+from lightning_continual.parameters import ParamDict, is_sharded, sharded_like, whole
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class QuadraticPenalty:
 
         In single precision at least: half precision would not hold what one task adds to many.
         """
-        precise = {name: _precise(value.detach()).clone() for name, value in precision.items()}
+        precise = {name: sharded_like(_precise(one.detach()).clone(), anchor[name]) for name, one in precision.items()}
         return cls(precise, {name: value * _precise(anchor[name].detach()) for name, value in precise.items()})
 
     def __bool__(self) -> bool:
@@ -69,7 +69,7 @@ class QuadraticPenalty:
             # The minimum of Λ₁(θ - μ₁)² + Λ₂(θ - μ₂)² is Λ₁Λ₂ / (Λ₁ + Λ₂) (μ₁ - μ₂)².
             a, b = self.precision[name].double(), other.precision[name].double()
             gap = self.shift[name].double() * b - other.shift[name].double() * a
-            distance += float((gap.square() / (a * b * (a + b))).nan_to_num(0.0, 0.0, 0.0).sum())
+            distance += float(whole((gap.square() / (a * b * (a + b))).nan_to_num(0.0, 0.0, 0.0).sum()))
         return QuadraticPenalty(
             _sum(self.precision, other.precision, names),
             _sum(self.shift, other.shift, names),
@@ -97,7 +97,8 @@ class QuadraticPenalty:
         total = torch.tensor(self.residual)
         for name, precision in self.precision.items():
             mean = (self.shift[name] / precision).nan_to_num(0.0, 0.0, 0.0)
-            total = total.to(precision) + (precision * (parameters[name].detach() - mean).square()).sum() / 2
+            own = whole((precision * (parameters[name].detach() - mean).square()).sum())
+            total = total.to(own) + own / 2
         return total
 
     def aligned_with(self, parameters: Mapping[str, Tensor]) -> QuadraticPenalty:
@@ -138,8 +139,9 @@ class QuadraticPenalty:
                 torch._foreach_add_(grads, difference, alpha=strength)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and numbers."""
-        return {"precision": dict(self.precision), "shift": dict(self.shift), "residual": self.residual}
+        """Return tensors and numbers. With sharded parameters a collective, for the tensors are whole."""
+        precision, shift = ({name: whole(one) for name, one in of.items()} for of in (self.precision, self.shift))
+        return {"precision": precision, "shift": shift, "residual": self.residual}
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Any]) -> QuadraticPenalty:
@@ -267,7 +269,7 @@ def _precise(value: Tensor) -> Tensor:
 
 
 def _fits(value: Tensor, like: Tensor) -> bool:
-    return value.shape == like.shape and value.device == like.device
+    return value.shape == like.shape and value.device == like.device and is_sharded(value) == is_sharded(like)
 
 
 def _is_like(value: Tensor, like: Tensor) -> bool:
@@ -291,10 +293,10 @@ def _successor(name: str, old: Tensor, parameters: Mapping[str, Tensor], how: st
 
 
 def _grown(value: Tensor, like: Tensor) -> Tensor:
-    """Return ``value`` on the device of ``like``, with zeros for its new rows."""
+    """Return ``value`` on the device of ``like``, and sharded like it, with zeros for its new rows."""
     if value.shape != like.shape:
-        value = pad(value, (0, 0) * (like.ndim - 1) + (0, len(like) - len(value)))
-    return value.to(like.device)
+        value = pad(whole(value), (0, 0) * (like.ndim - 1) + (0, len(like) - len(value)))
+    return sharded_like(value, like)
 
 
 def _groups(names: Sequence[str], parameters: Mapping[str, Tensor]) -> list[list[str]]:

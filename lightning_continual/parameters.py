@@ -1,4 +1,4 @@
-"""Parameters by name, and a module's evaluation mode for a while."""
+"""Parameters by name, whole or sharded, and a module's evaluation mode for a while."""
 
 from __future__ import annotations
 
@@ -22,6 +22,30 @@ def trainable(module: nn.Module) -> ParamDict:
         ['weight']
     """
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether processes hold parts of a tensor: a ``DTensor``, as FSDP2 makes of parameters."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor whole, a collective; any other as it is."""
+    complete: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return complete
+
+
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor on the device of ``like`` and, where that is sharded, in the same parts.
+
+    Every process must have the same whole tensor; nothing is sent.
+    """
+    if not is_sharded(like) or is_sharded(tensor):
+        return tensor.to(like.device)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 @contextmanager

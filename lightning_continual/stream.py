@@ -363,6 +363,7 @@ class TaskStream(FollowsLoaders):
     def _start_task(self, trainer: L.Trainer) -> None:
         self._reload_as_before(trainer)
         set_task(trainer.lightning_module, self._task)
+        _host.reshard(trainer.lightning_module)  # lest optimizers be made for parameters that last a forward pass
         if self._task > 0 and self.reset_optimizer == "full":
             _host.set_limits(trainer, *self._size_of_task(trainer))
             trainer.strategy.setup_optimizers(trainer)

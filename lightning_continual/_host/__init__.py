@@ -64,6 +64,7 @@ from lightning_continual._host.processes import (
 )
 from lightning_continual._host.progress import progress
 from lightning_continual._host.scoring import score
+from lightning_continual._host.sharding import reshard, unsharded
 from lightning_continual._host.steps import after_step, forget_steps, hold, parameters_of
 from lightning_continual._host.traces import observing, without_trace
 
@@ -119,6 +120,7 @@ __all__ = [
     "repeated_samples",
     "require_batch_hooks",
     "require_visible_gradients",
+    "reshard",
     "score",
     "set_callbacks",
     "set_limits",
@@ -131,6 +133,7 @@ __all__ = [
     "train_loader",
     "training_loss",
     "training_output",
+    "unsharded",
     "unwrap_methods",
     "validation_limit",
     "without_trace",

@@ -12,13 +12,24 @@ from torch import Tensor
 from lightning_continual._host.loops import is_compiled
 
 
-def require_visible_gradients(trainer: Any, who: str) -> None:
-    """Raise if the strategy keeps gradients where a callback cannot see them by parameter."""
-    strategy = type(trainer.strategy).__name__
-    if strategy in ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"):
+def require_visible_gradients(trainer: Any, who: str, *, sharded: bool = False) -> None:
+    """Raise if the strategy keeps gradients where a callback cannot see them by parameter.
+
+    Args:
+        trainer: The Trainer.
+        who: The callback's name, for the message.
+        sharded: Whether the callback can do with parameters that FSDP2 shards.
+    """
+    strategy, remedy = trainer.strategy, "Use 'ddp', or one device."
+    name = type(strategy).__name__
+    if name == "ModelParallelStrategy" and sharded:
+        if strategy._tensor_parallel_size in (1, "auto"):
+            return
+        remedy = "Leave `tensor_parallel_size` at 1, or use 'ddp'."
+    if name in ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"):
+        remedy = "Use `ModelParallelStrategy` (FSDP2), 'ddp', or one device." if sharded and "FSDPS" in name else remedy
         raise MisconfigurationException(
-            f"`{who}` needs the whole gradient of each parameter, but `{strategy}` shards them. Use 'ddp', or one"
-            " device."
+            f"`{who}` needs the whole gradient of each parameter, but `{name}` shards them. {remedy}"
         )
 
 

@@ -39,7 +39,8 @@ class EWCCallback(ContinualCallback):
     optimizer, precision and strategy. All tasks together cost two tensors a weight. In the last step of an epoch with
     fewer batches than ``accumulate_grad_batches``, too, the penalty has its full strength. A step for which
     ``training_step`` returned ``None`` stays without one. As ``ewc/penalty`` the penalty, times λ, is logged after
-    the step.
+    the step. With parameters sharded by FSDP2 the penalty is sharded alike; for the estimate each process holds the
+    whole network for a while.
 
     Args:
         strength: λ. 0 does nothing.
@@ -117,7 +118,7 @@ class EWCCallback(ContinualCallback):
         self._is_checked = False
         if stage != "fit" or self.strength == 0:
             return
-        _host.require_visible_gradients(trainer, type(self).__name__)
+        _host.require_visible_gradients(trainer, type(self).__name__, sharded=True)
         if self.fisher in ("empirical", "batched") and self.loss is None and not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"`EWCCallback(fisher={self.fisher!r})` takes the loss from `training_step`, but with manual"
@@ -151,6 +152,7 @@ class EWCCallback(ContinualCallback):
         self._is_checked = True
 
     def _fit_to(self, pl_module: L.LightningModule) -> None:
+        _host.reshard(pl_module)
         self.penalty = self.penalty.aligned_with(dict(pl_module.named_parameters()))
 
     def on_before_optimizer_step(
@@ -206,7 +208,7 @@ class EWCCallback(ContinualCallback):
             return output
 
         shares: dict[str, Any] = {"all_reduce": _host.all_sum(trainer)}
-        with _host.without_trace(pl_module):
+        with _host.without_trace(pl_module), _host.unsharded(pl_module):
             if callable(self.fisher):
                 return self._call(self.fisher, trainer, pl_module, batches)
             if self.fisher == "exact":

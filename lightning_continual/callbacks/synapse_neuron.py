@@ -69,9 +69,12 @@ class SynapseNeuronCallback(ContinualCallback):
         """The deployed network's parameters and buffers, by name."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that the terms can join a loss."""
+        """Check that the terms can be computed, and join a loss."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and not self._is_neutral and not pl_module.automatic_optimization:
+        if stage != "fit" or self._is_neutral:
+            return
+        _host.require_visible_gradients(trainer, type(self).__name__)
+        if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 "`SynapseNeuronCallback` adds to the loss that `training_step` returns, but with manual optimization"
                 " that has made its step. Use automatic optimization, or `EWCCallback`."

@@ -1038,7 +1038,7 @@ def test_a_strategy_that_hides_gradients_is_named(name: str) -> None:
 
 def test_the_strategy_is_asked_before_training(trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(_host, "require_visible_gradients", lambda trainer, who: asked.append(who))
+    monkeypatch.setattr(_host, "require_visible_gradients", lambda trainer, who, **options: asked.append(who))
     trainer(EWCCallback(1.0), fast_dev_run=True).fit(Classifier(), DataLoader(samples(8), 4))
     assert asked == ["EWCCallback"]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from lightning_continual import ContinualDataModule, EWCCallback, SynapseNeuronCallback, TaskStream, restore
+from lightning_continual import ContinualDataModule, EWCCallback, SynapseNeuronCallback, TaskStream, _host, restore
 
 Make = Callable[..., L.Trainer]
 
@@ -403,6 +403,13 @@ def test_an_exception_in_the_training_step_leaves_nothing_behind(trainer: Make, 
 def test_a_strength_out_of_range_is_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"`{name}` must be at least 0 and finite, but got {value}"):
         SynapseNeuronCallback(**{name: value})
+
+
+def test_the_strategy_is_asked_before_training(trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(_host, "require_visible_gradients", lambda trainer, who: asked.append(who))
+    trainer(SynapseNeuronCallback(), fast_dev_run=True).fit(Classifier(), DataLoader(samples(8), 4))
+    assert asked == ["SynapseNeuronCallback"]
 
 
 def test_manual_optimization_is_refused_before_training(trainer: Make) -> None:
