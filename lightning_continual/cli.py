@@ -98,7 +98,7 @@ def _add_compress(commands: Any) -> None:
     add("--num-samples", type=int, default=10_000, help="training samples that a selector looks at (%(default)s)")
     add("--seeds", type=int, default=1, help="number of seeds of fine-tuning and training (%(default)s)")
     add("--monitor", default="val_acc", help="what your validation_step logs as the score (%(default)s)")
-    add("--mode", choices=["max", "min"], help="whether high or low scores are good (min for what is named loss)")
+    add("--mode", choices=["max", "min"], help="whether high or low scores are good (by default its name tells)")
     add("--tolerance", type=float, default=0.01, help="the score that may be lost (%(default)s)")
     add("--accelerator", default="auto", help="see Trainer (%(default)s)")
     add("--output", type=Path, default=Path("compressed"), help="folder of the results (%(default)s)")
@@ -131,7 +131,7 @@ def _run_compress(parsed: argparse.Namespace) -> str:
     init = named.parse_pairs(parsed.init, "--init")
     module = named.load_module(parsed.model, parsed.checkpoint, init, trusted=parsed.trust)
     data = named.load_data(parsed.data, named.parse_pairs(parsed.data_init, "--data-init"))
-    lower_is_better = parsed.mode == "min" if parsed.mode else "loss" in parsed.monitor
+    lower_is_better = parsed.mode == "min" if parsed.mode else None
     setting = Setting(data, parsed.monitor, lower_is_better, parsed.accelerator)
     networks = dict.fromkeys(range(parsed.seeds), module)
     try:

@@ -103,6 +103,7 @@ class Net(L.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         self.log("val_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+        self.log("val_error", (self(batch[0]).argmax(1) != batch[1]).float().mean())
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=1e-2)
@@ -178,13 +179,22 @@ def test_nothing_from_scratch_and_nothing_quantized_when_told_so(
     assert not lines[4]
 
 
+@pytest.mark.parametrize(("mode", "is_low"), [([], True), (["--mode", "max"], False)], ids=["by name", "max"])
+def test_low_errors_are_good_unless_told_otherwise(
+    run: Callable[..., None], own_folder: Path, capsys: pytest.CaptureFixture[str], mode: list[str], is_low: bool
+) -> None:
+    names = "--model", "own_network:Net", "--data", "own_network:loaders", "--monitor", "val_error", *mode
+    run("compress", "net.ckpt", *names, "--no-scratch", "--quantization", "--level", "parameter", "--amount", "0.9")
+    assert ("Recommended: full" in capsys.readouterr().out) == is_low
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         (["--selector", "merge", "--level", "parameter"], "`selector='merge'` scores whole units"),
         (["--selector", "biggest"], "`selector` must be one of"),
         (["--amount", "1"], "`amount` must lie in [0, 1), but got 1.0"),
-        (["--monitor", "val_f1"], "`monitor='val_f1'` was not logged by `validation_step`, which logged ['val_acc']"),
+        (["--monitor", "val_f1"], "`monitor='val_f1'` was not logged by `validation_step`, which logged ['val_acc', 'val_error']"),
         (["--init", "hidden=8"], "is of another architecture than Net: size mismatch for net.0.weight"),
         (["--model", "own_network:Nett"], "`--model` got 'own_network:Nett', but 'own_network' has no 'Nett'"),
         (["--data", "nowhere:loaders"], "there is no module 'nowhere' in the current folder"),

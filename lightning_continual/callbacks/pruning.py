@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -15,19 +15,16 @@ from torch.utils.data import DataLoader
 from lightning_continual import _batch, _extras, _host
 from lightning_continual._datasets import require_num_samples
 from lightning_continual.compression import selectors
-from lightning_continual.compression.ranking import Schedule, Scope, amounts, keep_weights
+from lightning_continual.compression.ranking import Schedule, Scope, When, amounts, epochs_and_steps, keep_weights
 from lightning_continual.compression.selectors import Evidence, Level, Selector, matching, reads_data
 from lightning_continual.compression.surgery import compact
 from lightning_continual.compression.units import UnitGroup, unit_groups
+from lightning_continual.compression.zeros import pinned_at_zero, put_zeros_
 from lightning_continual.constraints import Pin
 from lightning_continual.data import seed_of
 from lightning_continual.importance.fisher import Statistic
-from lightning_continual.parameters import ParamDict
+from lightning_continual.parameters import evaluating
 from lightning_continual.stream import ContinualCallback
-
-When: TypeAlias = Literal["task_end"] | Sequence[int] | Mapping[str, int]
-
-_SAMPLES_FOR_DROPOUT = 256
 
 
 class PruningCallback(ContinualCallback):
@@ -40,14 +37,15 @@ class PruningCallback(ContinualCallback):
 
     A zero stays one, to the bit, in every later step, task, fit and resumed run, whatever the optimizer: its gradient
     is set to zero before the step, and its value put back after it. Gradients that another callback adds later in the
-    list move it no more; they only count in the norm by which gradients are clipped. At a task's end callbacks act in
-    the order of the list: put pruning before `EWCCallback`, which then anchors the pruned weights.
+    list move it no more; they only count in the norm by which gradients are clipped. Averages of weights that another
+    callback keeps have the zeros, too, in validation, in checkpoints (put that callback before this one), and at the
+    fit's end. At a task's end callbacks act in the order of the list: put pruning before `EWCCallback`, which then
+    anchors the pruned weights.
 
     At ``level="parameter"`` single weights of linear, convolutional, recurrent and attention layers are pruned;
     biases, normalisations and embeddings are not (see `prunable`). At ``level="unit"`` whole features and channels go,
-    with all that makes and reads them; `compact` then returns the small dense network.
-
-    After each round the share of zeros is logged as ``pruning/sparsity``, and by parameter.
+    with all that makes and reads them; `compact` then returns the small dense network. Each round logs the share of
+    zeros, ``pruning/sparsity``, and by parameter.
 
     Args:
         selector: ``"random"``; ``"magnitude"``; ``"obd"`` (Optimal Brain Damage, for classifiers); ``"obd-sd"`` (the
@@ -58,11 +56,13 @@ class PruningCallback(ContinualCallback):
             averaged over processes.
         amount: The share a in [0, 1) of weights, or of the units of each layer, to remove in all. 0 does nothing.
         level: ``"parameter"`` or ``"unit"``.
-        when: ``"task_end"``: a round at the end of each task (of each fit, without a `TaskStream`) until all are made;
+        when: ``"task_end"``: a round at the end of each task (of each fit, without a `TaskStream`, when a checkpoint
+            callback has saved its last file: save by ``trainer.save_checkpoint`` after ``fit``) until all are made;
             a list of epochs, as ``[0, 2, 4]``: a round at the start of these epochs of a task, counted from 0, so that
             ``[0]`` prunes a trained network before its fine-tuning; or ``{"every_n_steps": 100}``: a round after every
             so many optimizer steps, counted over tasks and fits.
-        rounds: The number R of rounds, over all tasks and fits; of a list of epochs it is the length.
+        rounds: The number R of rounds, over all tasks and fits; of a list of epochs it is the length. Where a state is
+            loaded whose rounds were others, those that remove no more than what is gone already count as made.
         schedule: ``"geometric"``, ``"cubic"`` or ``"one-shot"``: how the amount grows over the rounds.
         scope: ``"global"`` ranks all weights together, ``"layer"`` those of each parameter. Units are ranked by layer.
         statistic: Of ``"obd-sd"``: ``"sd"``, ``"rms"`` or ``"variance"``.
@@ -118,17 +118,15 @@ class PruningCallback(ContinualCallback):
         for name, number in {"num_samples": num_samples, "min_units": min_units}.items():
             if number is not None and number < 1:
                 raise ValueError(f"`{name}` must be at least 1, but got {number}. Leave it out for the default.")
-        self._epochs, self._every = _epochs_and_steps(when)
-        num_epochs = rounds if self._epochs is None else len(self._epochs)
-        if rounds not in (1, num_epochs):
-            raise ValueError(f"`rounds` must be the {num_epochs} epochs of `when`, but got {rounds}. Leave it out.")
-        rounds = num_epochs
-        self.amounts = amounts(amount, rounds, schedule=schedule)
+        self._epochs, self._every = epochs_and_steps(when)
+        self.rounds = rounds if self._epochs is None else len(self._epochs)
+        if rounds not in (1, self.rounds):
+            raise ValueError(f"`rounds` must be the {self.rounds} epochs of `when`, but got {rounds}. Leave it out.")
+        self.amounts = amounts(amount, self.rounds, schedule=schedule)
         self.selector = selector
         self.amount = amount
         self.level = level
         self.when = when
-        self.rounds = rounds
         self.scope = scope
         self.statistic = statistic
         self.num_samples = num_samples
@@ -137,8 +135,7 @@ class PruningCallback(ContinualCallback):
         self.parameters = [parameters] if isinstance(parameters, str) else list(parameters)
         self.min_units = min_units
         self.seed = seed
-        self.pin = Pin()
-        """The zeros that are held."""
+        self.pin = Pin()  # the zeros that are held
         self.rounds_made = 0
         self._steps = 0  # since the last round
         self._first_epoch = 0  # of the task
@@ -158,8 +155,7 @@ class PruningCallback(ContinualCallback):
         _host.require_visible_gradients(trainer, type(self).__name__)
         if self.level == "unit":
             _extras.require("torch_pruning", "prune")
-        needs_loss = self.selector in ("obd-sd", "dropout-damage")
-        if needs_loss and self.loss is None and not pl_module.automatic_optimization:
+        if self.selector in ("obd-sd", "dropout-damage") and not (self.loss or pl_module.automatic_optimization):
             raise MisconfigurationException(
                 f"`PruningCallback({self.selector!r})` takes the loss from `training_step`, but with manual"
                 " optimization that makes a step. Pass `loss=`, a function of module and batch."
@@ -167,16 +163,36 @@ class PruningCallback(ContinualCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit what is known to the module as it stands, and check that there is something to prune."""
-        if self.amount > 0:
-            self._fit_to(pl_module)
-            self.pin.put_back_(dict(pl_module.named_parameters()))
-            if self._is_unfinished:
-                weights = matching(pl_module, self.parameters)
-                if self.scope == "layer" and self.level == "parameter":
-                    keep_weights({name: one.detach() for name, one in weights.items()}, self.amount, scope="layer")
-                if reads_data(self.selector):
-                    _host.train_data(trainer)
+        self._put_back(pl_module)
+        if self._is_unfinished:
+            weights = matching(pl_module, self.parameters)
+            if self.scope == "layer" and self.level == "parameter":
+                keep_weights({name: one.detach() for name, one in weights.items()}, self.amount, scope="layer")
+            if reads_data(self.selector):
+                _host.train_data(trainer)
         super().on_train_start(trainer, pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Put zeros back, should validation be of an average of weights."""
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        if batch_idx == 0 and trainer.state.fn == "fit":
+            self._put_back(pl_module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put zeros into the checkpoint, should it be of an average of weights."""
+        if self._fit_to(pl_module):
+            put_zeros_(checkpoint["state_dict"], self.pin.pinned)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put zeros back, should an average of weights have taken the place of these."""
+        self._put_back(pl_module)
+        super().on_fit_end(trainer, pl_module)
+
+    def _put_back(self, pl_module: L.LightningModule) -> None:
+        if self._fit_to(pl_module):
+            self.pin.put_back_(dict(pl_module.named_parameters()))
 
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
         """Count the task's epochs from here."""
@@ -187,32 +203,34 @@ class PruningCallback(ContinualCallback):
     ) -> None:
         """Make a round that is due; and before the first step try what would else fail in a round."""
         self._has_stepped = False
-        if not self._is_unfinished:
-            return
-        if not self._is_checked:
+        if self._is_unfinished and not self._is_checked:
             self._try(trainer, pl_module, batch)
             self._is_checked = True
         while self._is_unfinished and self._is_due(trainer):
             self._prune(trainer, pl_module)
+        if not pl_module.automatic_optimization:  # which may step past the hooks of Lightning
+            for optimizer in trainer.optimizers:
+                self._hold(pl_module, optimizer)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Hold the zeros."""
-        if self.amount == 0:
-            return
         if not self._has_stepped:  # of several optimizers the first one counts
             self._has_stepped = True
             self._steps += 1
-        if self.pin:
-            self._fit_to(pl_module)
+        self._hold(pl_module, optimizer)
+
+    def _hold(self, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        if self._fit_to(pl_module):
             _host.hold(pl_module, optimizer, self, self.pin)
 
-    def _fit_to(self, pl_module: L.LightningModule) -> None:
-        """Let the pin be for the module as it stands: a head may have grown."""
-        parameters = dict(pl_module.named_parameters())
+    def _fit_to(self, pl_module: L.LightningModule) -> bool:
+        """Let the pin be for the module as it stands (a head may have grown), and say whether it holds anything."""
+        parameters = dict(pl_module.named_parameters()) if self.pin else {}
         if (aligned := self.pin.aligned_with(parameters)) is not self.pin:
-            self.pin = _zeros(aligned.pinned, parameters)
+            self.pin = pinned_at_zero(aligned.pinned, parameters)
+        return self.amount > 0 and bool(self.pin)
 
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
         """Make a round, if it is for the task's end, or has become due with its last step."""
@@ -237,20 +255,15 @@ class PruningCallback(ContinualCallback):
     def compact(self, model: nn.Module, example_inputs: Any = None) -> nn.Module:
         """Return a copy of a pruned network without its removed units: small and dense, with the same outputs.
 
-        It is a module of the same class, to be trained (by a Trainer without this callback), saved and exported. Which
-        units are removed is read from the zeros, so that ``model`` may come from a checkpoint.
+        It is a module of the same class, to be trained (by a Trainer without this callback), saved and exported.
 
         Args:
-            model: A network that was pruned at ``level="unit"``.
+            model: A network that was pruned at ``level="unit"``, maybe from a checkpoint: its zeros tell all.
             example_inputs: What ``model`` is called with (a tuple holds several arguments, a dictionary named ones);
                 by default two samples of the last fit's data.
 
-        Returns:
-            The smaller module; ``model`` is not touched.
-
         Raises:
-            ValueError: With ``level="parameter"``; without ``example_inputs`` if this callback has seen no data; if the
-                model cannot be traced.
+            ValueError: With ``level="parameter"``; without data; if the model cannot be traced.
         """
         if self.level != "unit":
             raise ValueError(
@@ -260,8 +273,7 @@ class PruningCallback(ContinualCallback):
             return compact(model, example_inputs)
         if self._example is None:
             raise ValueError("`compact` needs data, but this callback has seen none. Pass `example_inputs=`.")
-        device = next(model.parameters()).device
-        return compact(model, _some_of(self._example, 2, device), forward=self._outputs)
+        return compact(model, _some_of(self._example, 2, next(model.parameters()).device), forward=self._outputs)
 
     # --- A round ------------------------------------------------------------------------------------------------------
 
@@ -297,11 +309,23 @@ class PruningCallback(ContinualCallback):
         few = _some_of(batch, 2)
         evidence = self._evidence(trainer, lambda: [few], num_samples=_batch.size(few), masks_per_unit=0)
         with _host.without_trace(pl_module):
+            if self.level == "unit" or self.selector == "obd":
+                self._try_outputs(pl_module, few)
             if self.level == "unit":
                 groups = self._groups_of(trainer, pl_module, few)
                 selectors.unit_scores(self.selector, pl_module, groups, evidence, amount=0.5)
             else:
                 selectors.weight_saliency(self.selector, pl_module, matching(pl_module, self.parameters), evidence)
+
+    def _try_outputs(self, pl_module: L.LightningModule, batch: Any) -> None:
+        try:
+            with evaluating(pl_module), torch.no_grad():
+                self._outputs(pl_module, batch)
+        except Exception as error:
+            raise ValueError(
+                "`PruningCallback` calls the module with the first part of a batch, or by `logits`, but got"
+                f" {type(error).__name__}: {error}. Pass `logits=`, a function of module and batch."
+            ) from error
 
     def _groups_of(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any = None) -> list[UnitGroup]:
         """Return the groups of units that may be pruned, the same on all processes."""
@@ -328,7 +352,7 @@ class PruningCallback(ContinualCallback):
             else:
                 weights = matching(pl_module, self.parameters)
                 kept |= selectors.prune_weights_(who, pl_module, weights, amount, evidence, scope=self.scope, kept=kept)
-        self.pin = _zeros({name: ~one for name, one in kept.items()}, dict(pl_module.named_parameters()))
+        self.pin = pinned_at_zero({name: ~one for name, one in kept.items()}, dict(pl_module.named_parameters()))
         self.rounds_made, self._steps = self.rounds_made + 1, 0
         metrics = {f"pruning/sparsity/{name}": float(one.float().mean()) for name, one in self.pin.pinned.items()}
         for logger in trainer.loggers:
@@ -338,7 +362,7 @@ class PruningCallback(ContinualCallback):
         """Return a loader over this process's share of the data; to merge units, each process needs all."""
         if not reads_data(self.selector):
             return None
-        limit = _SAMPLES_FOR_DROPOUT if self.selector == "dropout-damage" else None
+        limit = 256 if self.selector == "dropout-damage" else None
         loader = _host.train_data(trainer, num_samples=self.num_samples or limit)
         if self.selector != "merge":
             return loader
@@ -348,8 +372,8 @@ class PruningCallback(ContinualCallback):
 
     def _batches(self, trainer: L.Trainer, loader: DataLoader[Any]) -> Iterator[Any]:
         """Yield batches on the device, with a progress bar."""
-        title = f"Pruning, round {self.rounds_made + 1} of {self.rounds}"
-        with _host.progress(trainer, _host.num_batches(loader), title) as tick:
+        round_of = f"{self.rounds_made + 1} of {self.rounds}"
+        with _host.progress(trainer, _host.num_batches(loader), f"Pruning, round {round_of}") as tick:
             for batch in loader:
                 yield _host.to_device(trainer, batch)
                 tick()
@@ -358,42 +382,19 @@ class PruningCallback(ContinualCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is held at zero, and how far the rounds are."""
-        own = {"rounds_made": self.rounds_made, "steps": self._steps, "first_epoch": self._first_epoch}
+        amount = self.amounts[self.rounds_made - 1] if self.rounds_made else 0.0
+        own = {"amount": amount, "steps": self._steps, "first_epoch": self._first_epoch}
         return {**super().state_dict(), **own, "pinned": dict(self.pin.pinned)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put back what `state_dict` returned."""
         super().load_state_dict(state_dict)
-        self.rounds_made, self._steps = state_dict["rounds_made"], state_dict["steps"]
-        self._first_epoch = state_dict["first_epoch"]
-        self.pin = _zeros(state_dict["pinned"], state_dict["pinned"])
-
-
-def _zeros(pinned: ParamDict, like: Mapping[str, Tensor]) -> Pin:
-    """Return a pin at zero, which takes no memory for its values."""
-    return Pin(dict(pinned), {name: like[name].new_zeros(()).expand(one.shape) for name, one in pinned.items()})
-
-
-def _epochs_and_steps(when: Any) -> tuple[list[int] | None, int | None]:
-    """Return at which epochs, or after how many steps, rounds are made; nothing for the end of a task."""
-    if isinstance(when, Mapping) and list(when) == ["every_n_steps"]:
-        every = when["every_n_steps"]
-        if isinstance(every, int) and every >= 1:
-            return None, every
-    elif isinstance(when, Sequence) and not isinstance(when, str) and len(when) > 0:
-        epochs = list(when)
-        if all(isinstance(one, int) for one in epochs) and epochs[0] >= 0 and epochs == sorted(set(epochs)):
-            return epochs, None
-    elif when == "task_end":
-        return None, None
-    raise ValueError(
-        "`when` must be 'task_end', a list of epochs that rise from 0 or later, or {'every_n_steps': n} with n at least"
-        f" 1, but got {when!r}."
-    )
+        self.rounds_made = sum(0 < one <= state_dict["amount"] for one in self.amounts)
+        self._steps, self._first_epoch = state_dict["steps"], state_dict["first_epoch"]
+        self.pin = pinned_at_zero(state_dict["pinned"], state_dict["pinned"])
 
 
 def _some_of(batch: Any, number: int, device: torch.device | None = None) -> Any:
     """Return the first samples of a batch."""
     leaves, rebuild = _batch.flatten(batch)
-    few = [leaf[:number] for leaf in leaves]
-    return rebuild([one.detach().to(device or one.device) if isinstance(one, Tensor) else one for one in few])
+    return rebuild([one[:number].detach().to(device) if isinstance(one, Tensor) else one[:number] for one in leaves])

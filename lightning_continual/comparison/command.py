@@ -26,6 +26,7 @@ from lightning_continual.compression.surgery import resize_
 
 M = TypeVar("M", bound=nn.Module)
 
+_LATER = ("plot.png", "recommended.ckpt", "recommended.ckpt.gz")  # what is written when all is compared
 _PACKED = ("parameter", "tensor", "channel")  # levels whose zeros or bits PyTorch writes out
 
 
@@ -93,26 +94,30 @@ def compress(
         raise ValueError(f"`tolerance` must be at least 0, but got {tolerance}. Pass for example 0.01.")
     require("matplotlib", "plots")
     folder.mkdir(parents=True, exist_ok=True)
-    sign = -1.0 if setting.lower_is_better else 1.0
+    lower = bool(setting.lower_is_better)
+    sign = -1.0 if lower else 1.0
     rows: list[Row] = []
     saved: dict[str, dict[int, Path]] = {}
     with tempfile.TemporaryDirectory(dir=folder) as kept:
         for row, network in compare(networks, setting, plan, verbose=verbose):
+            for name in _LATER if not rows else ():
+                (folder / name).unlink(missing_ok=True)  # of a comparison before, which the table is no more of
             rows.append(row)
             report.write_rows(rows, folder / "table.csv")  # at once: a long comparison may be broken off
             full = [sign * one.score for one in rows if one.family == report.FULL]
             if network is not None and sign * row.score >= sum(full) / len(full) - tolerance - 1e-9:
                 saved.setdefault(row.name, {})[row.seed] = path = Path(kept) / f"{len(rows)}.ckpt"
                 network.trainer.save_checkpoint(path, weights_only=True)
-        summaries = report.summarize(rows, lower_is_better=setting.lower_is_better)
+        summaries = report.summarize(rows, lower_is_better=lower)
         kind = type(next(iter(networks.values()))).__name__
-        options: dict[str, Any] = {"label": setting.monitor, "lower_is_better": setting.lower_is_better}
+        options: dict[str, Any] = {"label": setting.monitor, "lower_is_better": lower}
         report.compression_figure(summaries, title=kind, **options).savefig(folder / "plot.png", dpi=150)
-        found = report.smallest_within(summaries, tolerance, lower_is_better=setting.lower_is_better)
-        text = report.summary_table(summaries, label=setting.monitor)
+        found = report.smallest_within(summaries, tolerance, lower_is_better=lower)
+        text = report.summary_table(summaries, **options)
         if found is not None:
             files = _write(saved[found.row.name][found.row.seed], folder, found)
-            text += "\n\n" + _recommendation(found, summaries[0], tolerance, setting.monitor, files, kind)
+            within = f"{'lower' if lower else 'higher'} is better, tolerance {tolerance:g}"
+            text += "\n\n" + _recommendation(found, summaries[0], within, setting.monitor, files, kind)
     text += f"\nTable: {folder / 'table.csv'}\nPlot:  {folder / 'plot.png'}"
     return Comparison(rows, summaries, found, text)
 
@@ -152,7 +157,6 @@ def load_compressed(checkpoint: str | Path, module: M) -> M:
 def _write(saved: Path, folder: Path, found: Summary) -> list[Path]:
     """Put a checkpoint into the folder; a packed one, too, where its zeros or bits allow a smaller file."""
     plain, packed = folder / "recommended.ckpt", folder / "recommended.ckpt.gz"
-    packed.unlink(missing_ok=True)
     shutil.copyfile(saved, plain)
     if found.row.level not in _PACKED:
         return [plain]
@@ -161,12 +165,12 @@ def _write(saved: Path, folder: Path, found: Summary) -> list[Path]:
     return [plain, packed]
 
 
-def _recommendation(found: Summary, full: Summary, tolerance: float, monitor: str, files: list[Path], kind: str) -> str:
+def _recommendation(found: Summary, full: Summary, within: str, monitor: str, files: list[Path], kind: str) -> str:
     row, share = found.row, found.row.num_bytes / full.row.num_bytes
     sizes = ", ".join(f"{file} ({file.stat().st_size:,} bytes on disk)" for file in files)
     how = f"load_compressed({str(files[-1])!r}, {kind}(...))"
     return (
-        f"Recommended: {row.name}: {monitor} {row.score:.4g} (full {full.row.score:.4g}, tolerance {tolerance:g}) in"
+        f"Recommended: {row.name}: {monitor} {row.score:.4g} (full {full.row.score:.4g}, {within}) in"
         f" {row.num_bytes:,.0f} bytes, {share:.3f} of the full network's.\nSaved: {sizes}.\nLoad it by `from"
         f" lightning_continual.comparison import load_compressed` and `{how}`, the module made with its arguments of"
         " now."

@@ -7,11 +7,13 @@ import importlib
 import inspect
 import pickle
 import sys
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 
 
 def import_object(name: str, option: str) -> Any:
@@ -45,13 +47,15 @@ def import_object(name: str, option: str) -> Any:
         sys.path.insert(0, folder)
     try:
         found: Any = importlib.import_module(path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that parses arguments of its own exits
         missing = isinstance(error, ModuleNotFoundError) and path.split(".")[0] == error.name
         remedy = (
             f"there is no module {error.name!r} in the current folder, nor installed. Run from the folder that holds it"
             if missing and isinstance(error, ModuleNotFoundError)
             else f"importing {path!r} raised {type(error).__name__}: {error}. Mend that first"
         )
+        if isinstance(error, SystemExit):
+            remedy = f"{path!r} is a script that ran and exited. Put what it runs under `if __name__ == '__main__'`"
         raise ValueError(f"`{option}` must name what can be imported, but got {name!r}: {remedy}.") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -129,30 +133,20 @@ def load_module(
         )
     if not checkpoint.is_file():
         raise FileNotFoundError(f"There is no checkpoint {str(checkpoint)!r}. Save one by `trainer.save_checkpoint`.")
+    _require_checkpoint(checkpoint, trusted=trusted)
     given = dict(arguments or {})
     try:
         module = kind.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=not trusted, **given)
-    except pickle.UnpicklingError as error:
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "state_dict" in str(error):
+            raise ValueError(
+                f"{str(checkpoint)!r} is of another architecture than {kind.__name__}: {_first_mismatch(str(error))}."
+                " Pass the class that it was saved from, and its arguments by `--init key=value`."
+            ) from error
         raise ValueError(
-            f"{str(checkpoint)!r} holds more than tensors and plain values (or is no checkpoint), and such a file can"
-            " run code when it is loaded. Pass `--trust` if you trust where it comes from."
-        ) from error
-    except KeyError as error:
-        raise ValueError(
-            f"{str(checkpoint)!r} has no entry {error}, so that it is no Trainer's checkpoint. Save one by"
-            " `trainer.save_checkpoint`."
-        ) from error
-    except TypeError as error:
-        raise ValueError(
-            f"{kind.__name__} cannot be made of the checkpoint's hyperparameters and `--init` {given}: {error}. Pass"
-            " what is missing by `--init key=value`, or call `self.save_hyperparameters()` in its constructor."
-        ) from error
-    except RuntimeError as error:
-        if "state_dict" not in str(error):
-            raise
-        raise ValueError(
-            f"{str(checkpoint)!r} is of another architecture than {kind.__name__}: {_first_mismatch(str(error))}. Pass"
-            " the class that it was saved from, and its arguments by `--init key=value`."
+            f"{kind.__name__} cannot be made of the checkpoint's hyperparameters and `--init` {given}, which raised"
+            f" {type(error).__name__}: {error}. Pass what is missing by `--init key=value`, or call"
+            " `self.save_hyperparameters()` in its constructor."
         ) from error
     return module
 
@@ -193,6 +187,28 @@ def load_data(name: str, arguments: Mapping[str, Any] | None = None) -> Any:
         f"`--data` must name a LightningDataModule, or a function that returns (train_loader, val_loader), but"
         f" {name!r} gave {type(found).__name__}. Write such a function, and pass it as package.module:function."
     )
+
+
+def _require_checkpoint(path: Path, *, trusted: bool) -> None:
+    """Raise unless a file is a Trainer's checkpoint that may be loaded."""
+    try:
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=not trusted, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{str(path)!r} holds more than tensors and plain values (or is no checkpoint), and such a file can run"
+            " code when it is loaded. Pass `--trust` if you trust where it comes from."
+        ) from error
+    except Exception as error:  # of a file of any other kind
+        raise ValueError(
+            f"{str(path)!r} must be a Trainer's checkpoint, but reading it raised {type(error).__name__}: {error}. Is"
+            " it all there? Save one by `trainer.save_checkpoint`."
+        ) from error
+    for key in ("state_dict", "pytorch-lightning_version"):
+        if not isinstance(loaded, dict) or key not in loaded:
+            raise ValueError(
+                f"{str(path)!r} has no entry {key!r}, so that it is no Trainer's checkpoint. Save one by"
+                " `trainer.save_checkpoint`."
+            )
 
 
 def _first_mismatch(message: str) -> str:

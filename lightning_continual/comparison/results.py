@@ -191,14 +191,15 @@ def write_rows(rows: Iterable[Row], path: Path) -> None:
         writer.writerows({name: _cell(value) for name, value in asdict(row).items()} for row in rows)
 
 
-def summary_table(summaries: Sequence[Summary], *, label: str = "score") -> str:
+def summary_table(summaries: Sequence[Summary], *, label: str = "score", lower_is_better: bool = False) -> str:
     """Write summaries as an aligned table in plain text: scores ± their standard errors over seeds, sizes, costs.
 
-    Scores that all lie in [0, 1] are shown in percent.
+    Scores that all lie in [0, 1] are shown in percent, unless lower ones are better.
 
     Args:
         summaries: All summaries; the first full network's bytes count as 1.
         label: What is scored.
+        lower_is_better: Whether lower scores are better.
 
     Returns:
         One line for the header and one for each summary, without a final newline.
@@ -209,7 +210,7 @@ def summary_table(summaries: Sequence[Summary], *, label: str = "score") -> str:
               val_acc, %  bytes  of full  parameters  FLOPs  seconds
         full  90.0 ± 1.0    440    1.000         110    200        -
     """
-    percent = _is_share(summaries)
+    percent = not lower_is_better and _is_share(summaries)
     full = next((one.row.num_bytes for one in summaries if one.row.family == FULL), math.nan)
     header = ["", f"{label}, %" if percent else label, "bytes", "of full", "parameters", "FLOPs", "seconds"]
     lines = [header]
@@ -238,8 +239,8 @@ def compression_figure(
     Bars are standard errors over seeds. Filled markers are networks as one would ship them; hollow ones are pruned ones
     before fine-tuning, and those that were trained from scratch for a short time. Networks on the front are numbered,
     and named in the legend. Scores that all lie in [0, 1] are on a logit scale, which gives 98 to 99 % as much room as
-    50 to 67 %; others that are all positive on a logarithmic one. No global state of matplotlib is used: save by
-    ``savefig``.
+    50 to 67 %, unless lower ones are better; others that are all positive on a logarithmic one. No global state of
+    matplotlib is used: save by ``savefig``.
 
     Args:
         summaries: All summaries; those without a score are left out.
@@ -263,8 +264,10 @@ def compression_figure(
     size, scores = _column(drawn, "num_bytes"), _column(drawn, "score")
     figure: Figure = require("matplotlib.figure", "plots").Figure((11.0, 6.0), layout="constrained")
     ax = figure.add_subplot()
-    ax.set(xscale="log", xlabel="bytes", ylabel=f"{label}, %" if _is_share(drawn) else label, title=title)
-    heights = _scaled(ax, scores, _is_share(drawn))
+    percent = not lower_is_better and _is_share(drawn)
+    unit = ", %" * percent + " (lower is better)" * lower_is_better
+    ax.set(xscale="log", xlabel="bytes", ylabel=label + unit, title=title)
+    heights = _scaled(ax, scores, percent)
     names = list(dict.fromkeys(_selector(one.row) for one in drawn if one.row.family != FULL))
     markers = {name: _MARKERS[place % len(_MARKERS)] for place, name in enumerate(names)}
     for one, x, y in zip(drawn, size.tolist(), heights.tolist(), strict=True):

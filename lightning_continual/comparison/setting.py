@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import sys
 import time
 import warnings
@@ -18,6 +19,11 @@ from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_continual import _host
 
+_ERRORS = {
+    *("loss", "error", "err", "mse", "rmse", "mae", "mape", "msle", "smape", "nll", "bce", "crossentropy", "entropy"),
+    *("perplexity", "ppl", "wer", "cer", "fid", "brier", "ece", "deviance", "hinge", "kl"),
+}
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -26,7 +32,8 @@ class Setting:
     Args:
         data: A LightningDataModule, or training and validation loader.
         monitor: What ``validation_step`` logs as the score.
-        lower_is_better: Whether lower scores are better, as of a loss.
+        lower_is_better: Whether lower scores are better, as of a loss. By default the name tells: they are where one of
+            its words, as of ``"val_loss"`` or ``"test/rmse"``, is that of an error.
         accelerator: See ``Trainer``; networks are on one device.
 
     Example:
@@ -43,8 +50,13 @@ class Setting:
 
     data: Any
     monitor: str = "val_acc"
-    lower_is_better: bool = False
+    lower_is_better: bool | None = None
     accelerator: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.lower_is_better is None:
+            words = set(re.split(r"[^a-z]+", self.monitor.lower()))
+            object.__setattr__(self, "lower_is_better", bool(words & _ERRORS) or "loss" in self.monitor.lower())
 
     def score(self, network: L.LightningModule, *callbacks: L.Callback, accelerator: str | None = None) -> float:
         """Return what the network's ``validation_step`` logs as ``monitor``; the global random state is left alone.
@@ -60,9 +72,10 @@ class Setting:
                 results = trainer.validate(network, self.data[1], verbose=False)
         logged = {key: float(value) for one in results for key, value in one.items()}
         if self.monitor not in logged:
+            remedy = "Monitor one of these, or log it by `self.log`." if logged else "Pass data for validation, too."
             raise ValueError(
                 f"`monitor={self.monitor!r}` was not logged by `validation_step`, which logged {sorted(logged)}."
-                " Monitor one of these, or log it by `self.log`."
+                f" {remedy}"
             )
         return logged[self.monitor]
 

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import lightning.pytorch as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -71,6 +72,11 @@ class Plan:
         for name, least in {"epochs": 1, "scratch_epochs": 0, "num_samples": 1}.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"`{name}` must be at least {least}, but got {value}. Leave it out for the default.")
+        names = [_name(one) for one in self.selectors]
+        lists = {"selectors": names, "amounts": self.amounts, "quantizations": self.quantizations or ()}
+        for name, values in {**lists, "levels": self.levels}.items():
+            if twice := [one for place, one in enumerate(values) if one in values[:place]]:
+                raise ValueError(f"`{name}` must differ by name, but {twice[0]!r} is there twice. Name each once.")
         if not self.levels and self.selectors:
             raise ValueError(f"`levels` must name one of {get_args(Level)}, but it is empty. Leave it out for both.")
         pairs: list[tuple[Selector, Level]] = []
@@ -209,7 +215,7 @@ class _Bench:
         )
         try:
             seconds = self.setting.fit(network, self.plan.epochs, row.seed, pruning, first)
-        except ValueError as error:  # what this selector at this amount does to this network
+        except (ValueError, MisconfigurationException) as error:  # what this selector does to this network
             yield replace(row, stage=report.FINE_TUNED, note=" ".join(str(error).split())), None
             return
         before = detached_copy(full)
@@ -241,7 +247,10 @@ class _Bench:
     def _flops(self, network: L.LightningModule) -> float:
         if not _host.is_overridden("forward", network):
             return math.nan
-        return float(num_flops(network, self._inputs, lambda module, inputs: module(inputs)))
+        try:
+            return float(num_flops(network, self._inputs, lambda module, inputs: module(inputs)))
+        except Exception:  # whatever a module raises that does not take the first part of a batch
+            return math.nan
 
 
 class _Watch(L.Callback):

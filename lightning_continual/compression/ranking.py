@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from lightning_continual.parameters import ParamDict
 
 Scope: TypeAlias = Literal["global", "layer"]
 Schedule: TypeAlias = Literal["geometric", "cubic", "one-shot"]
+When: TypeAlias = Literal["task_end"] | Sequence[int] | Mapping[str, int]
 
 
 def keep_weights(
@@ -31,7 +32,7 @@ def keep_weights(
     ``scope="layer"`` of the largest.
 
     Args:
-        saliency: One tensor a parameter, by name, of any shapes; infinity keeps a weight.
+        saliency: One tensor a parameter, by name, of any shapes; infinity keeps a weight while others are left.
         amount: The share :math:`a` of weights to remove, in [0, 1).
         scope: ``"global"`` ranks the weights of all parameters together; ``"layer"`` those of each parameter, of which
             each then loses the share :math:`a`.
@@ -70,6 +71,11 @@ def keep_weights(
     for name, mask in left.items():
         if mask.numel() and not bool(mask.any()):
             remedy = ", or pass `scope='layer'`, which takes the same share of every parameter" * (scope == "global")
+            if scope == "global" and not bool(saliency[name].any()):
+                remedy += (
+                    ". Its saliency is 0 throughout, as where no output depends on it: then name only the others by"
+                )
+                remedy += " `parameters`"
             raise ValueError(
                 f"Every parameter must keep a weight, but with `amount={amount}` and `scope={scope!r}` {name!r} would"
                 f" lose all of its {mask.numel()}: pruning a layer to nothing cuts the network. Lower `amount`{remedy}."
@@ -182,6 +188,38 @@ def amounts(amount: float, rounds: int, *, schedule: Schedule = "geometric") -> 
     if schedule == "cubic":
         return [*(amount * (1 - (1 - share) ** 3) for share in shares), amount]
     return [*(1 - (1 - amount) ** share for share in shares), amount]
+
+
+def epochs_and_steps(when: Any) -> tuple[list[int] | None, int | None]:
+    """Return at which epochs, or after how many steps, rounds are made; nothing for the end of a task.
+
+    Args:
+        when: ``"task_end"``, a list of epochs, or ``{"every_n_steps": n}``.
+
+    Returns:
+        The epochs or None, and the number of steps or None.
+
+    Raises:
+        ValueError: If ``when`` is none of these.
+
+    Example:
+        >>> epochs_and_steps([0, 2]), epochs_and_steps({"every_n_steps": 5}), epochs_and_steps("task_end")
+        (([0, 2], None), (None, 5), (None, None))
+    """
+    if isinstance(when, Mapping) and list(when) == ["every_n_steps"]:
+        every = when["every_n_steps"]
+        if isinstance(every, int) and every >= 1:
+            return None, every
+    elif isinstance(when, Sequence) and not isinstance(when, str) and len(when) > 0:
+        epochs = list(when)
+        if all(isinstance(one, int) for one in epochs) and epochs[0] >= 0 and epochs == sorted(set(epochs)):
+            return epochs, None
+    elif when == "task_end":
+        return None, None
+    raise ValueError(
+        "`when` must be 'task_end', a list of epochs that rise from 0 or later, or {'every_n_steps': n} with n at least"
+        f" 1, but got {when!r}."
+    )
 
 
 def _check_amount(amount: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lightning_continual.compression import units
+from lightning_continual.compression.quantization import detached_copy
 from lightning_continual.parameters import ParamDict
 
 
@@ -111,7 +111,7 @@ def resize_(module: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
 
 
 def copy_of(module: nn.Module) -> nn.Module:
-    """Return a deep copy of a module, which has no gradients; a LightningModule's is attached to no trainer.
+    """Return a deep copy of a module, which has no gradients, and whose methods are its own (see `detached_copy`).
 
     Args:
         module: Any module.
@@ -129,7 +129,7 @@ def copy_of(module: nn.Module) -> nn.Module:
         (True, False)
     """
     try:
-        return copy.deepcopy(module)
+        return detached_copy(module)
     except Exception as error:
         raise ValueError(
             f"{type(module).__name__} must be a module that `copy.deepcopy` can copy, but got"

@@ -16,6 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lightning_continual._extras import require
 from lightning_continual.compression import surgery
+from lightning_continual.compression.couplings import EXCLUDED, Couplings, Entry
 from lightning_continual.importance.undisturbed import undisturbed
 from lightning_continual.parameters import ParamDict
 
@@ -89,12 +90,14 @@ def unit_groups(
     does not compute what the network with zeros does (a softmax over channels, a reshape to fixed sizes) is left out.
     So are outputs of the module, and units that pass a layer norm or a group norm (whose statistics would change), a
     multi-head attention or a recurrent layer, a layer with parametrized weights, a normalisation with neither weights
-    nor running statistics. Of a transformer's layers only the feed-forward units remain.
+    nor running statistics, or what torch-pruning cannot follow. Of a transformer's layers only the feed-forward units
+    remain. Windowed attention (Swin) takes torch-pruning 1.6 without end: prune weights there.
 
     The module is not touched; all happens in copies, in evaluation mode.
 
     Args:
-        module: Any module; a graph that depends on values is traced as it is for ``example_inputs``.
+        module: Any module; a graph that depends on values is traced as it is for ``example_inputs``. Layers that only
+            training uses, as auxiliary heads, are not seen, and keep the sizes that they had.
         example_inputs: What the module is called with, of any batch size: a tuple or list holds several arguments, a
             dictionary named ones.
         forward: Maps the module and ``example_inputs`` to its outputs (tensors in any structure), if a call of the
@@ -262,35 +265,22 @@ def check_kept(groups: Sequence[UnitGroup], kept: Sequence[Tensor]) -> None:
             )
 
 
-_Entry: TypeAlias = tuple[str, str, int, int]
-"""A role, and an index along a dimension of a named tensor."""
-
-_EXCLUDED: _Entry = ("excluded", "", 0, 0)
+_TIMES_PER_NODE = 50  # it takes 3 in a DenseNet
 _ROLES = ("incoming", "norms", "outgoing", "buffers")
 
 
-class _Couplings:
-    """Entries of tensors that stand or fall together: sets that are joined."""
+class _Counted(list[Any]):
+    """The dependencies of a node; so many times in all may they be looked at, for torch-pruning can go in circles."""
 
-    def __init__(self) -> None:
-        self._above: dict[_Entry, _Entry] = {}
+    def __init__(self, dependencies: Iterable[Any], times_left: list[int]) -> None:
+        super().__init__(dependencies)
+        self.times_left = times_left
 
-    def find(self, entry: _Entry) -> _Entry:
-        above = self._above.setdefault(entry, entry)
-        while above != entry:
-            self._above[entry] = above = self._above[above]
-            entry, above = above, self._above[above]
-        return entry
-
-    def join(self, one: _Entry, two: _Entry) -> None:
-        self._above[self.find(one)] = self.find(two)
-
-    def sets(self) -> list[list[_Entry]]:
-        found: dict[_Entry, list[_Entry]] = {}
-        for entry in list(self._above):
-            found.setdefault(self.find(entry), []).append(entry)
-        found.pop(self.find(_EXCLUDED))
-        return list(found.values())
+    def __iter__(self) -> Iterator[Any]:
+        self.times_left[0] -= 1
+        if self.times_left[0] < 0:
+            raise RuntimeError("torch-pruning goes around in circles")
+        return super().__iter__()
 
 
 def _proposed(module: nn.Module, inputs: Any, forward: Forward, exclude: tuple[str, ...]) -> list[UnitGroup]:
@@ -308,9 +298,11 @@ def _proposed(module: nn.Module, inputs: Any, forward: Forward, exclude: tuple[s
             warnings.filterwarnings("ignore", module="torch_pruning")
             graph.build_dependency(module, inputs, forward_fn=run, verbose=False)
     except Exception as error:
+        remedy = "Pass `example_inputs` that the module takes, or `forward`, a function of the module and these inputs"
+        if outputs:
+            remedy = "The module runs, but torch-pruning cannot follow it. Prune its weights by `level='parameter'`"
         raise ValueError(
-            f"The graph of {type(module).__name__} could not be traced: {type(error).__name__}: {error}. Pass"
-            " `example_inputs` that the module takes, or `forward`, a function of the module and these inputs."
+            f"The graph of {type(module).__name__} could not be traced: {type(error).__name__}: {error}. {remedy}."
         ) from error
     if not outputs:
         raise ValueError(
@@ -319,12 +311,18 @@ def _proposed(module: nn.Module, inputs: Any, forward: Forward, exclude: tuple[s
         )
     names = {id(value): name for name, value in [*module.named_parameters(), *module.named_buffers()]}
     results = {output.grad_fn for output in outputs}
-    couplings = _Couplings()
-    couplings.find(_EXCLUDED)
+    couplings, times_left, nodes = Couplings(), [0], list(graph.module2node.values())
+    for node in nodes:
+        node.dependencies = _Counted(node.dependencies, times_left)
     for layer in [one for one in graph.module2node if isinstance(one, nn.Linear | _ConvNd)]:
         pruner = graph.get_pruner_of_module(layer)
-        units = range(pruner.get_out_channels(layer))
-        for item in graph.get_pruning_group(layer, pruner.prune_out_channels, list(units)):
+        units = list(range(pruner.get_out_channels(layer)))
+        times_left[0] = _TIMES_PER_NODE * len(nodes)
+        try:
+            items = graph.get_pruning_group(layer, pruner.prune_out_channels, units)
+        except Exception:  # as of a layer that a GRU reads, or one with circular padding
+            continue
+        for item in items:
             node, handler = item.dep.target, item.dep.handler
             own = graph.get_pruner_of_module(node.module)
             reads, makes = handler == own.prune_in_channels, handler == own.prune_out_channels
@@ -333,11 +331,11 @@ def _proposed(module: nn.Module, inputs: Any, forward: Forward, exclude: tuple[s
             for index, unit in zip(item.idxs, item.root_idxs, strict=True):
                 entry = ("unit", str(id(layer)), 0, unit)
                 if parts is None:
-                    couplings.join(entry, _EXCLUDED)
+                    couplings.join(entry, EXCLUDED)
                 for role, tensor, dim, width in parts or ():
                     name = str(id(tensor)) if role == "share" else names.get(id(tensor))
                     if name is None or any(fnmatchcase(name, pattern) for pattern in exclude):
-                        couplings.join(entry, _EXCLUDED)
+                        couplings.join(entry, EXCLUDED)
                     else:
                         couplings.join(entry, (role, name, dim, index // width))
     order = {name: place for place, name in enumerate(names.values())}
@@ -380,7 +378,7 @@ def _parts(layer: Any, reads: bool, makes: bool, dim: int) -> list[_Part] | None
     return []  # torch-pruning's own stand-in for a function
 
 
-def _groups(sets: Iterable[list[_Entry]], order: dict[str, int]) -> Iterator[UnitGroup]:
+def _groups(sets: Iterable[list[Entry]], order: dict[str, int]) -> Iterator[UnitGroup]:
     """Gather units with entries in the same tensors, and as many, into groups."""
     alike: dict[tuple[tuple[str, str, int, int], ...], list[dict[tuple[str, str, int], list[int]]]] = {}
     for entries in sets:

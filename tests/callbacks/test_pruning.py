@@ -14,7 +14,12 @@ import oracles
 import pytest
 import torch
 from conftest import make_tasks
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    TQDMProgressBar,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -225,6 +230,68 @@ def test_a_compiled_module_too(trainer: Make, backend: str) -> None:
     assert set(watch.counts) == {78}
 
 
+def test_units_of_a_compiled_module_too(trainer: Make) -> None:
+    module, pruning = net(sgd), PruningCallback("obd-sd", 0.5, level="unit", when=[0])
+    compiled: Any = torch.compile(module, backend="eager")
+    trainer(pruning, max_epochs=1).fit(compiled, loader())
+    small: Any = pruning.compact(module)
+    assert (small.first.out_features, small.second.out_features) == (6, 3)
+    assert_close(small.eval()(samples().tensors[0]), module.eval()(samples().tensors[0]))
+
+
+class Plain(Net):
+    """Without normalisation, so that averaging ends with the average itself; with validation."""
+
+    def __init__(self, make_optimizer: Any = None) -> None:
+        super().__init__(make_optimizer)
+        self.norm = nn.Identity()  # type: ignore[assignment]
+        self.validated: list[int] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.validated.append(num_zeros(self))
+
+
+AVERAGES = {
+    "SWA": lambda: StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1),
+    "EMA": lambda: EMAWeightAveraging(decay=0.9),
+}
+
+
+@pytest.mark.parametrize("validates", [True, False], ids="validates={}".format)
+@pytest.mark.parametrize("comes_first", [True, False], ids="average_first={}".format)
+@pytest.mark.parametrize("average", AVERAGES.values(), ids=AVERAGES)
+def test_an_average_over_unpruned_weights_has_the_zeros_too(
+    trainer: Make, tmp_path: Path, average: Any, comes_first: bool, validates: bool
+) -> None:
+    module, pruning, other = net(adamw, Plain), PruningCallback("magnitude", 0.5, when=[2]), average()
+    saves = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    order = [other, pruning] if comes_first else [pruning, other]
+    fit = trainer(*order, saves, max_epochs=4, num_sanity_val_steps=0, enable_checkpointing=True)
+    fit.fit(module, loader(), DataLoader(samples(8), 4) if validates else None)
+    assert num_zeros(module) == 78
+    assert module.validated == [0] * 4 * validates + [78] * 4 * validates
+    if comes_first or validates:
+        saved = torch.load(tmp_path / "epoch=3.ckpt", weights_only=True)["state_dict"]
+        assert sum(int((saved[name] == 0).sum()) for name in NAMES) == 78
+
+
+def test_optimizers_that_step_past_lightning_move_no_zero(trainer: Make) -> None:
+    class Past(Net):
+        def __init__(self, make_optimizer: Any = None) -> None:
+            super().__init__(make_optimizer)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.loss(batch).backward()
+            optimizer.step()
+
+    module, watch = net(adamw, Past), Watch()
+    trainer(PruningCallback("magnitude", 0.5, when=[1]), watch, max_epochs=3).fit(module, loader())
+    assert watch.counts == [0] * 12 + [78] * 24
+
+
 def test_zeros_stay_in_two_processes(trainer: Make, tmp_path: Path) -> None:
     watch = Watch()
     keep = Keep(tmp_path / "of", lambda module: {"state": copy_of(module), "counts": watch.counts})
@@ -292,6 +359,24 @@ def test_zeros_stay_in_a_second_fit(trainer: Make, tmp_path: Path, way: str) -> 
     assert all(torch.equal(zeros[name], pruned[name]) for zeros in watch.zeros[12:] for name in NAMES)
     assert not torch.equal(module.head.weight, before["head.weight"])
     assert pruning.rounds_made == 1  # the second task's end prunes no more
+
+
+@pytest.mark.parametrize(
+    ("amount", "rounds", "made", "zeros"), [(0.8, 1, 0, 125), (0.8, 4, 1, 125), (0.5, 1, 1, 78), (0.2, 1, 1, 78)]
+)
+def test_a_larger_amount_goes_on_where_a_smaller_one_was_reached(
+    trainer: Make, tmp_path: Path, amount: float, rounds: int, made: int, zeros: int
+) -> None:
+    fit = trainer(PruningCallback("magnitude", 0.5), max_epochs=1)
+    fit.fit(net(), loader())
+    fit.save_checkpoint(tmp_path / "half.ckpt")
+    module, pruning = net(seed=9), PruningCallback("magnitude", amount, rounds=rounds, when={"every_n_steps": 1})
+    restore(tmp_path / "half.ckpt", module, [pruning])
+    assert pruning.rounds_made == made  # of four rounds to 80 %, the first stops short of a half
+    half = zeros_of(module)
+    trainer(pruning, max_epochs=1).fit(module, loader())
+    assert num_zeros(module) == zeros
+    assert all(bool(zeros_of(module)[name][half[name]].all()) for name in NAMES)
 
 
 def test_a_checkpoint_is_that_of_an_ordinary_network_with_zeros(trainer: Make, tmp_path: Path) -> None:
@@ -890,6 +975,19 @@ def test_a_module_without_logits_is_told_so_before_training(trainer: Make) -> No
     pruning = PruningCallback("obd", 0.5, logits=lambda module, batch: module(batch[0])["embedding"])
     trainer(pruning, max_epochs=1).fit(net(kind=Embeds), loader())
     assert pruning.sparsity == 0.5
+
+
+@pytest.mark.parametrize("arguments", [{"selector": "obd"}, {"level": "unit"}], ids=str)
+def test_a_batch_whose_first_part_the_module_does_not_take_is_told_before_training(
+    trainer: Make, arguments: Any
+) -> None:
+    class ByName(Net):
+        def loss(self, batch: Any) -> Tensor:
+            return nn.functional.cross_entropy(self(batch["x"]), batch["y"])
+
+    data = DataLoader([{"x": x, "y": y} for x, y in samples()], 4)
+    with pytest.raises(ValueError, match=r"calls the module with the first part .* got TypeError: .* Pass `logits=`"):
+        trainer(PruningCallback(**arguments), Untrained(), max_epochs=1).fit(net(kind=ByName), data)
 
 
 def test_manual_optimization_needs_a_loss(trainer: Make) -> None:

@@ -67,6 +67,30 @@ class Silent(Net):
         self.log("val_acc", (self.head(self.body(batch[0])).argmax(1) == batch[1]).float().mean())
 
 
+class ByName(Net):
+    """A module whose batches are dictionaries."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch["x"]), batch["y"])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_acc", (self(batch["x"]).argmax(1) == batch["y"]).float().mean())
+
+
+class ByHand(Net):
+    """A module that makes its steps by itself."""
+
+    def __init__(self, hidden: int = 32) -> None:
+        super().__init__(hidden)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
 class Data(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         return loaders()[0]
@@ -256,6 +280,22 @@ def test_a_module_without_forward_can_lose_weights_and_has_no_count_of_operation
     assert all(math.isnan(row.num_flops) and not math.isnan(row.score) for row, _ in found)
 
 
+def test_of_batches_that_are_dictionaries_what_can_be_compared_is(net: Net) -> None:
+    data = [{"x": x, "y": y} for x, y in zip(*samples(96, 0), strict=True)]
+    how = setting(data=(DataLoader(data, 16), DataLoader(data, 48)))
+    found = listed({0: ByName()}, Plan(["magnitude", "obd"], [0.5], quantizations=["8"], scratch_epochs=0), how)
+    assert all(math.isnan(row.num_flops) for row, _ in found)
+    assert [row.name for row, _ in found if not row.note] == [
+        *("full", "8 bits per tensor", "magnitude, 50 % of weights, before", "magnitude, 50 % of weights, fine-tuned")
+    ]
+    assert all("calls the module with the first part of a batch" in row.note for row, _ in found[4:])
+
+
+def test_a_selector_that_manual_optimization_cannot_serve_does_not_hold_up_the_others() -> None:
+    found = listed({0: ByHand()}, Plan(["obd-sd", "magnitude"], [0.5], ["parameter"], [], scratch_epochs=0))
+    assert ["Pass `loss=`" in row.note for row, _ in found] == [False, True, False, False]
+
+
 def test_a_data_module_serves_as_well_as_loaders(net: Net) -> None:
     plan = Plan(["magnitude"], [0.5], ["unit"], ["4"])
     one, two = (listed({0: net}, plan, setting(data=data) if data else None) for data in (None, Data()))
@@ -327,12 +367,37 @@ def test_of_losses_the_lowest_is_the_best(net: Net, tmp_path: Path) -> None:
     assert losses["2 bits per tensor"] > losses["full"] + 0.01
     assert found.recommended is not None
     assert found.recommended.row.name == "8 bits per tensor"
+    assert "lower is better, tolerance 0.01" in found.text
+
+
+@pytest.mark.parametrize(
+    ("monitor", "is_error"),
+    [
+        *[("val_loss", True), ("valid_mse", True), ("test/RMSE", True), ("error_rate", True), ("val.perplexity", True)],
+        *[("val_acc", False), ("val_score", False), ("terror", False), ("f1", False), ("valloss", True)],
+    ],
+)
+def test_the_name_of_a_score_tells_whether_low_is_good_unless_told(monitor: str, is_error: bool) -> None:
+    assert setting(monitor=monitor).lower_is_better is is_error
+    assert setting(monitor=monitor, lower_is_better=not is_error).lower_is_better is not is_error
 
 
 def test_a_folder_used_again_keeps_no_file_of_before(net: Net, tmp_path: Path) -> None:
     for plan in (Plan([], quantizations=["4"]), Plan([], quantizations=[])):
         compress({0: net}, setting(), plan, tmp_path, tolerance=1.0, verbose=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.png", "recommended.ckpt", "table.csv"]
+
+
+def test_a_comparison_that_is_broken_off_leaves_its_table_and_no_file_of_before(net: Net, tmp_path: Path) -> None:
+    class Stops(Net):
+        def on_train_start(self) -> None:
+            raise RuntimeError("no space left")
+
+    compress({0: net}, setting(), Plan([], quantizations=["4"]), tmp_path, tolerance=1.0, verbose=False)
+    with pytest.raises(RuntimeError, match="no space left"):
+        compress({0: Stops()}, setting(), Plan(["magnitude"], quantizations=["8"]), tmp_path, verbose=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+    assert "pruned" not in (tmp_path / "table.csv").read_text()
 
 
 # --- Messages ---------------------------------------------------------------------------------------------------------
@@ -350,6 +415,11 @@ def test_a_folder_used_again_keeps_no_file_of_before(net: Net, tmp_path: Path) -
         ({"scratch_epochs": -1}, r"`scratch_epochs` must be at least 0, but got -1"),
         ({"num_samples": 0}, r"`num_samples` must be at least 1, but got 0"),
         ({"quantizations": ["17"]}, r"`quantizations` must be bits from 1 to 16.*but got '17'"),
+        ({"selectors": ["obd", "magnitude", "obd"]}, r"`selectors` must differ by name, but 'obd' is there twice"),
+        ({"selectors": [lambda: 1, lambda: 2]}, r"`selectors` must differ by name, but '<lambda>' is there twice"),
+        ({"amounts": [0.5, 0.5]}, r"`amounts` must differ by name, but 0\.5 is there twice"),
+        ({"levels": ["unit", "unit"]}, r"`levels` must differ by name, but 'unit' is there twice"),
+        ({"quantizations": ["8", "8"]}, r"`quantizations` must differ by name, but '8' is there twice"),
         ({"quantizations": ["int3"]}, r"or one of \('int8-weight', .*but got 'int3'"),
     ],
 )

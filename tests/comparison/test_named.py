@@ -33,6 +33,11 @@ class Forgetful(L.LightningModule):
         self.net = nn.Linear(8, hidden)
 
 
+class Raising(Net):
+    def __init__(self, hidden, classes=3):
+        raise KeyError("vocabulary")
+
+
 class Nested:
     Inner = Net
 
@@ -61,6 +66,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A module of somebody's own in the current folder."""
     (tmp_path / "own_networks.py").write_text(OWN)
     (tmp_path / "own_broken.py").write_text("import no_such_package\n")
+    (tmp_path / "own_script.py").write_text("raise SystemExit(2)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [one for one in sys.path if one])
     yield import_object("own_networks:Net", "--model")
@@ -88,6 +94,7 @@ def test_a_class_of_the_current_folder_is_found_by_either_form(own: Any, name: s
         ("own_networks:", "`--model` must be of the form"),
         ("no_such_module:Net", "got 'no_such_module:Net': there is no module 'no_such_module' in the current folder"),
         ("own_broken:Net", "importing 'own_broken' raised ModuleNotFoundError: No module named 'no_such_package'"),
+        ("own_script:Net", "'own_script' is a script that ran and exited. Put what it runs under `if __name__"),
         ("own_networks:Nett", "'own_networks' has no 'Nett'. It has .*'Net', "),
     ],
 )
@@ -147,6 +154,26 @@ def test_what_is_no_checkpoint_or_no_module_is_told(own: Any, tmp_path: Path) ->
     torch.save(own(hidden=5).state_dict(), tmp_path / "bare.pt")
     with pytest.raises(ValueError, match="is no Trainer's checkpoint"):
         load_module("own_networks:Net", tmp_path / "bare.pt", {"hidden": 5})
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "half", "tensor", "list"])
+def test_a_file_that_is_no_checkpoint_is_named(own: Any, tmp_path: Path, damage: str) -> None:
+    path = save(own(hidden=5), tmp_path / "net.ckpt")
+    whole = path.read_bytes()
+    if damage in ("tensor", "list"):
+        torch.save(torch.ones(2) if damage == "tensor" else [1], path)
+    else:
+        path.write_bytes({"empty": b"", "text": b"a text, no checkpoint", "half": whole[: len(whole) // 2]}[damage])
+    with pytest.raises(
+        ValueError, match=r"net\.ckpt' (must be a Trainer's ch|has no entry 'state_dict'|holds more than)"
+    ):
+        load_module("own_networks:Net", path)
+
+
+def test_what_a_constructor_raises_is_not_blamed_on_the_file(own: Any, tmp_path: Path) -> None:
+    path = save(own(hidden=5), tmp_path / "net.ckpt")
+    with pytest.raises(ValueError, match=r"Raising cannot be made .* which raised KeyError: 'vocabulary'"):
+        load_module("own_networks:Raising", path)
 
 
 def test_a_checkpoint_that_can_run_code_needs_trust(own: Any, tmp_path: Path) -> None:

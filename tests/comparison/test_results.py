@@ -165,6 +165,13 @@ def test_losses_are_drawn_the_better_the_higher() -> None:
     ]
     ax = compression_figure(summarize(rows), lower_is_better=True, label="val_loss").axes[0]
     assert ax.yaxis_inverted()
-    assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "val_loss")
+    assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "val_loss (lower is better)")
     (front,) = [line for line in ax.lines if line.get_drawstyle() == "steps-post"]
     assert list(front.get_ydata()) == [3.0, 2.0]
+
+
+def test_errors_below_one_are_no_shares() -> None:
+    summaries = summarize([Row("full", "as trained", 0, score=0.0055, num_bytes=10.0), pruned(0.5, score=0.29)])
+    assert summary_table(summaries, label="mse", lower_is_better=True).splitlines()[1].split()[:2] == ["full", "0.0055"]
+    assert compression_figure(summaries, lower_is_better=True).axes[0].get_yscale() == "log"
+    assert "mse, %" in summary_table(summaries, label="mse")

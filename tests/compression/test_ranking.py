@@ -159,6 +159,10 @@ def test_a_layer_is_not_pruned_to_nothing() -> None:
         ValueError, match=r"'b' would lose all of its 2: pruning a layer to nothing .* or pass `scope='la"
     ):
         keep_weights(saliency, 0.2)
+    with pytest.raises(ValueError, match=r"Its saliency is 0 throughout.* name only the others by `parameters`\.$"):
+        keep_weights(saliency, 0.2)
+    with pytest.raises(ValueError, match=r"takes the same share of every parameter\.$"):
+        keep_weights({"a": torch.ones(8), "b": torch.full((2,), 0.5)}, 0.2)
     keep_weights(saliency, 0.2, scope="layer")
     with pytest.raises(ValueError, match=r"'b' would lose all of its 2: .* cuts the network\. Lower `amount`\.$"):
         keep_weights(saliency, 0.8, scope="layer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -412,6 +413,39 @@ def test_a_module_that_cannot_be_called_is_named_and_left_as_it_was() -> None:
         unit_groups(model, torch.ones(1, 2))
     assert model.training
     assert not model.layer._forward_hooks
+
+
+def test_a_module_that_runs_but_cannot_be_followed_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise ZeroDivisionError("modulo by zero")
+
+    monkeypatch.setattr("torch_pruning.dependency.index_mapping.update_index_mapping", fails)
+    with pytest.raises(
+        ValueError, match=r"ZeroDivisionError: modulo by zero\. The module runs, but torch-pruning cann"
+    ):
+        unit_groups(mlp(), torch.ones(1, 3))
+
+
+def test_a_layer_that_cannot_be_followed_does_not_hold_up_the_others() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.gru = nn.Linear(2, 4), nn.GRU(4, 6, batch_first=True)
+            self.behind, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.behind(self.gru(self.before(x).relu())[0][:, -1]).relu())
+
+    assert [group.layers for group in unit_groups(Gated(), torch.randn(3, 5, 2))] == [("behind",)]
+
+
+@pytest.mark.parametrize(("conv", "pixels"), [(nn.Conv1d, (4,)), (nn.Conv3d, (4, 4, 4))])
+def test_circular_padding_through_which_torch_pruning_goes_without_end_is_left_alone(conv: Any, pixels: Any) -> None:
+    first, padded = conv(1, 4, 2), conv(4, 6, 1, padding=1, padding_mode="circular")
+    model = nn.Sequential(first, nn.ReLU(), padded, nn.ReLU(), conv(6, 5, 1), nn.ReLU(), conv(5, 2, 1))
+    layers = [group.layers for group in unit_groups(model, torch.randn(2, 1, *pixels))]
+    assert ("4",) in layers
+    assert ("0",) not in layers
 
 
 def test_outputs_without_a_gradient_are_named() -> None:
