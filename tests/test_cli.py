@@ -194,7 +194,7 @@ def test_low_errors_are_good_unless_told_otherwise(
         (["--selector", "merge", "--level", "parameter"], "`selector='merge'` scores whole units"),
         (["--selector", "biggest"], "`selector` must be one of"),
         (["--amount", "1"], "`amount` must lie in [0, 1), but got 1.0"),
-        (["--monitor", "val_f1"], "`monitor='val_f1'` was not logged by `validation_step`, which logged ['val_acc', 'val_error']"),
+        (["--monitor", "val_f1"], "`monitor='val_f1'` was not logged by `validation_step`, which logged ['val_acc', "),
         (["--init", "hidden=8"], "is of another architecture than Net: size mismatch for net.0.weight"),
         (["--model", "own_network:Nett"], "`--model` got 'own_network:Nett', but 'own_network' has no 'Nett'"),
         (["--data", "nowhere:loaders"], "there is no module 'nowhere' in the current folder"),
