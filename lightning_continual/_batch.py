@@ -104,6 +104,17 @@ def _holds_samples(node: Any, batch_size: int) -> bool:
     return any(_holds_samples(child, batch_size) for child in children)
 
 
+def first(batch: Any, number: int, device: torch.device | str | None = None) -> Any:
+    """Return the first samples of a batch, in its structure; tensors detached, and on a device if one is named.
+
+    Example:
+        >>> first((torch.arange(3), ["a", "b", "c"]), 2)
+        (tensor([0, 1]), ['a', 'b'])
+    """
+    leaves, rebuild = flatten(batch)
+    return rebuild([one[:number].detach().to(device) if isinstance(one, Tensor) else one[:number] for one in leaves])
+
+
 def take(leaves: Sequence[Leaf], index: Tensor) -> list[Leaf]:
     """Return the samples at ``index`` (int64, ``(N,)``) of every leaf."""
     rows: list[int] | None = None

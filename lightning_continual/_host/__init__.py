@@ -65,7 +65,15 @@ from lightning_continual._host.processes import (
 from lightning_continual._host.progress import progress
 from lightning_continual._host.scoring import score
 from lightning_continual._host.sharding import reshard, unsharded
-from lightning_continual._host.steps import after_step, forget_steps, hold, parameters_of
+from lightning_continual._host.steps import (
+    after_step,
+    forget_steps,
+    held_by_others,
+    hold,
+    holders,
+    parameters_of,
+    put_back_others,
+)
 from lightning_continual._host.traces import observing, without_trace
 
 
@@ -91,7 +99,9 @@ __all__ = [
     "gather",
     "gather_everywhere",
     "gradient_scale",
+    "held_by_others",
     "hold",
+    "holders",
     "in_order",
     "is_between_epochs",
     "is_checkpoint",
@@ -112,6 +122,7 @@ __all__ = [
     "position",
     "prepare_loader",
     "progress",
+    "put_back_others",
     "random_state",
     "random_state_kept",
     "release",

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_continual._host.loops import is_overridden
 from lightning_continual.constraints import Pin
+from lightning_continual.parameters import ParamDict
 
 _ELEMENTWISE = {
     *(optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax),
@@ -73,3 +74,25 @@ def _is_seen_by_others(module: Any, optimizer: Optimizer, key: Any) -> bool:
     return any(is_overridden(name, module) for name in own) or any(
         is_overridden(name, one) for one in others for name in hooks
     )
+
+
+def holders(trainer: Any, but: Any) -> list[Any]:
+    """Return the other callbacks that hold weights, or will: those with a `Pin` as ``pin``."""
+    return [one for one in trainer.callbacks if one is not but and isinstance(getattr(one, "pin", None), Pin)]
+
+
+def held_by_others(trainer: Any, but: Any) -> ParamDict:
+    """Return which weights other callbacks hold at values that are not zero, by parameter name."""
+    held: ParamDict = {}
+    for pin in (one.pin for one in holders(trainer, but)):
+        for name, pinned in pin.pinned.items():
+            mask = pinned & (pin.values[name] != 0)
+            held[name] = held[name] | mask if name in held else mask
+    return held
+
+
+def put_back_others(trainer: Any, but: Any) -> None:
+    """Put back what other callbacks hold, where a callback has written to weights outside of a step."""
+    parameters = dict(trainer.lightning_module.named_parameters())
+    for one in holders(trainer, but):
+        one.pin.put_back_(parameters)

@@ -146,8 +146,7 @@ class EWCCallback(ContinualCallback):
         """Try on two samples before the first step what else would fail after the last."""
         if self.strength > 0 and not self._is_checked and not callable(self.fisher):
             if self.fisher != "batched":
-                leaves, rebuild = _batch.flatten(batch)
-                batch = rebuild([leaf[:2] for leaf in leaves])
+                batch = _batch.first(batch, 2)
             self._estimate(trainer, pl_module, [batch], task=0)
         self._is_checked = True
 

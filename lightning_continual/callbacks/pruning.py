@@ -40,7 +40,7 @@ class PruningCallback(ContinualCallback):
     list move it no more; they only count in the norm by which gradients are clipped. Averages of weights that another
     callback keeps have the zeros, too, in validation, in checkpoints (put that callback before this one), and at the
     fit's end. At a task's end callbacks act in the order of the list: put pruning before `EWCCallback`, which then
-    anchors the pruned weights.
+    anchors the pruned weights. Weights that `CLNPCallback` holds for earlier tasks are not pruned.
 
     At ``level="parameter"`` single weights of linear, convolutional, recurrent and attention layers are pruned;
     biases, normalisations and embeddings are not (see `prunable`). At ``level="unit"`` whole features and channels go,
@@ -155,6 +155,10 @@ class PruningCallback(ContinualCallback):
         _host.require_visible_gradients(trainer, type(self).__name__)
         if self.level == "unit":
             _extras.require("torch_pruning", "prune")
+            if others := [type(one).__name__ for one in _host.holders(trainer, self)]:
+                raise MisconfigurationException(
+                    f"`PruningCallback(level='unit')` would remove units in which {others} hold weights. Use one."
+                )
         if self.selector in ("obd-sd", "dropout-damage") and not (self.loss or pl_module.automatic_optimization):
             raise MisconfigurationException(
                 f"`PruningCallback({self.selector!r})` takes the loss from `training_step`, but with manual"
@@ -273,7 +277,7 @@ class PruningCallback(ContinualCallback):
             return compact(model, example_inputs)
         if self._example is None:
             raise ValueError("`compact` needs data, but this callback has seen none. Pass `example_inputs=`.")
-        return compact(model, _some_of(self._example, 2, next(model.parameters()).device), forward=self._outputs)
+        return compact(model, _batch.first(self._example, 2, next(model.parameters()).device), forward=self._outputs)
 
     # --- A round ------------------------------------------------------------------------------------------------------
 
@@ -306,7 +310,7 @@ class PruningCallback(ContinualCallback):
         """Score by two samples."""
         if self.level == "parameter" and not reads_data(self.selector):
             return
-        few = _some_of(batch, 2)
+        few = _batch.first(batch, 2)
         evidence = self._evidence(trainer, lambda: [few], num_samples=_batch.size(few), masks_per_unit=0)
         with _host.without_trace(pl_module):
             if self.level == "unit" or self.selector == "obd":
@@ -333,7 +337,7 @@ class PruningCallback(ContinualCallback):
             if batch is None:  # a run resumed at a task's end
                 loader = _host.train_data(trainer, num_samples=2 * trainer.world_size)
                 batch = _host.to_device(trainer, next(iter(loader)))
-            self._example = _some_of(batch, 2, device=torch.device("cpu"))
+            self._example = _batch.first(batch, 2, "cpu")
             found = _host.gather_everywhere(unit_groups(pl_module, batch, forward=self._outputs))[0]
             self._groups = selectors.eligible(self.selector, pl_module, found, matching(pl_module, self.parameters))
         return self._groups
@@ -350,8 +354,10 @@ class PruningCallback(ContinualCallback):
                 groups, least = self._groups_of(trainer, pl_module), self.min_units
                 kept |= selectors.prune_units_(who, pl_module, groups, amount, evidence, min_units=least)
             else:
-                weights = matching(pl_module, self.parameters)
-                kept |= selectors.prune_weights_(who, pl_module, weights, amount, evidence, scope=self.scope, kept=kept)
+                weights, held = matching(pl_module, self.parameters), _host.held_by_others(trainer, self)
+                kept |= selectors.prune_weights_(
+                    who, pl_module, weights, amount, evidence, scope=self.scope, kept=kept, held=held
+                )
         self.pin = pinned_at_zero({name: ~one for name, one in kept.items()}, dict(pl_module.named_parameters()))
         self.rounds_made, self._steps = self.rounds_made + 1, 0
         metrics = {f"pruning/sparsity/{name}": float(one.float().mean()) for name, one in self.pin.pinned.items()}
@@ -392,9 +398,3 @@ class PruningCallback(ContinualCallback):
         self.rounds_made = sum(0 < one <= state_dict["amount"] for one in self.amounts)
         self._steps, self._first_epoch = state_dict["steps"], state_dict["first_epoch"]
         self.pin = pinned_at_zero(state_dict["pinned"], state_dict["pinned"])
-
-
-def _some_of(batch: Any, number: int, device: torch.device | None = None) -> Any:
-    """Return the first samples of a batch."""
-    leaves, rebuild = _batch.flatten(batch)
-    return rebuild([one[:number].detach().to(device) if isinstance(one, Tensor) else one[:number] for one in leaves])

@@ -14,7 +14,6 @@ from typing import Any, get_args
 import lightning.pytorch as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_continual import _batch, _host
@@ -263,8 +262,7 @@ class _Watch(L.Callback):
     ) -> None:
         if self.inputs is not None:
             return
-        leaves, rebuild = _batch.flatten(batch)
-        one = rebuild([leaf[:1].detach().cpu() if isinstance(leaf, Tensor) else leaf[:1] for leaf in leaves])
+        one = _batch.first(batch, 1, "cpu")
         self.inputs = one[0] if isinstance(one, tuple | list) else one
 
 

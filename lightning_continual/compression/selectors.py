@@ -111,9 +111,6 @@ def matching(module: nn.Module, patterns: Iterable[str]) -> ParamDict:
         module: The module.
         patterns: Patterns of names, as ``"backbone.*"``.
 
-    Returns:
-        The parameters themselves.
-
     Raises:
         ValueError: If a pattern matches none.
 
@@ -285,6 +282,7 @@ def prune_weights_(
     *,
     scope: Scope = "global",
     kept: Mapping[str, Tensor] | None = None,
+    held: Mapping[str, Tensor] | None = None,
 ) -> ParamDict:
     """Set the weights of least saliency to zero, in place, and say which are kept.
 
@@ -296,13 +294,14 @@ def prune_weights_(
         evidence: What the selector may look at.
         scope: See `keep_weights`.
         kept: Which weights are left from before, by name; of parameters that are missing, all.
+        held: Which weights may not go, by name; of parameters that are missing, none.
 
     Returns:
         One boolean tensor a parameter, true where the weight is kept.
 
     Raises:
         TypeError: See `weight_saliency`.
-        ValueError: See `weight_saliency` and `keep_weights`; then nothing is changed.
+        ValueError: See `weight_saliency` and `keep_weights`; if too many may not go. Then nothing is changed.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -313,9 +312,12 @@ def prune_weights_(
         >>> layer.weight.data
         tensor([[ 0., -4.]])
     """
-    saliency, old = weight_saliency(selector, module, parameters, evidence), kept or {}
+    saliency, old, held = weight_saliency(selector, module, parameters, evidence), kept or {}, held or {}
+    saliency = {name: s.masked_fill(held[name], torch.inf) if name in held else s for name, s in saliency.items()}
     before = {name: old.get(name, torch.ones_like(p, dtype=torch.bool)) for name, p in parameters.items()}
     left = keep_weights(saliency, amount, scope=scope, kept=before)
+    if any(bool((held[name] & ~keep).any()) for name, keep in left.items() if name in held):
+        raise ValueError(f"`amount={amount}` must leave what other callbacks hold, but takes some of it. Lower it.")
     with torch.no_grad():
         for name, keep in left.items():
             parameters[name].masked_fill_(~keep, 0.0)

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_continual import ContinualDataModule, EWCCallback, RehearsalCallback, TaskStream, _host, restore
 from lightning_continual.callbacks.pruning import PruningCallback
 from lightning_continual.compression import selectors
+from lightning_continual.constraints import Pin
 from lightning_continual.parameters import evaluating
 
 Make = Callable[..., L.Trainer]
@@ -784,6 +785,45 @@ def test_a_penalty_moves_no_zero_in_either_order(trainer: Make, first: str) -> N
     order = [pruning, ewc] if first == "pruning" else [ewc, pruning]
     trainer(*order, watch, max_epochs=2).fit(module, loader(seed=1))
     assert set(watch.counts) == {round(0.7 * 156)}
+
+
+class Holder(L.Callback):
+    """Holds a part of the first weights, as a method that protects earlier tasks does."""
+
+    def __init__(self, module: Net, part: Any) -> None:
+        weight = module.first.weight
+        pinned = torch.zeros_like(weight, dtype=torch.bool)
+        pinned[part] = True
+        self.pin = Pin.at({"first.weight": weight}, {"first.weight": pinned})
+
+
+def test_what_another_callback_holds_is_not_pruned(trainer: Make) -> None:
+    module = net(adamw)
+    module.first.weight.data[:2] = 1e-4  # of least magnitude
+    before, holder = module.first.weight.detach().clone(), Holder(module, slice(1))
+    pruning, watch = PruningCallback("magnitude", 0.7, when=[0]), Watch()
+    trainer(pruning, holder, watch, max_epochs=1).fit(module, loader())
+    assert set(watch.counts) == {round(0.7 * 156)}
+    assert not pruning.pin.pinned["first.weight"][0].any()
+    assert pruning.pin.pinned["first.weight"][1].all()
+    assert not torch.equal(module.first.weight[0], before[0])  # which the other one holds, if it does
+
+
+def test_more_than_other_callbacks_leave_cannot_be_pruned(trainer: Make) -> None:
+    module = net(adamw)
+    before, holder = copy_of(module), Holder(module, slice(None))
+    with pytest.raises(ValueError, match=r"`amount=0\.9` must leave what other callbacks hold, .* Lower it"):
+        pruning = PruningCallback("magnitude", 0.9, scope="layer", when=[0])
+        trainer(pruning, holder, max_epochs=1).fit(module, loader())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_units_in_which_another_callback_holds_weights_are_refused(trainer: Make) -> None:
+    pytest.importorskip("torch_pruning")
+    module = net(adamw)
+    pruning, holder = PruningCallback("magnitude", 0.5, level="unit"), Holder(module, slice(1))
+    with pytest.raises(MisconfigurationException, match=r"remove units in which \['Holder'\] hold weights"):
+        trainer(pruning, holder, Untrained(), max_epochs=1).fit(module, loader())
 
 
 def test_with_rehearsal_the_saliency_is_of_the_tasks_own_data(trainer: Make) -> None:
