@@ -58,9 +58,10 @@ class Classifier(L.LightningModule):
             head = [nn.Linear(side**2, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)]
             self.net = nn.Sequential(nn.Flatten(), *head)
         else:
+            norm = nn.BatchNorm2d if net == "cnn-norm" else nn.Identity
             self.net = nn.Sequential(
-                *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
-                *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+                *(nn.Conv2d(1, 16, 3, padding=1), norm(16), nn.ReLU(), nn.MaxPool2d(2)),
+                *(nn.Conv2d(16, 32, 3, padding=1), norm(32), nn.ReLU(), nn.MaxPool2d(2)),
                 *(nn.Flatten(), nn.Linear(32 * (side // 4) ** 2, 64), nn.ReLU(), nn.Linear(64, 10)),
             )
         self.lr = lr
@@ -124,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=SETTINGS, default="digits")
     parser.add_argument("--folder", type=Path, help="where FashionMNIST/raw lies")
-    parser.add_argument("--net", choices=["mlp", "cnn"], default="mlp")
+    parser.add_argument("--net", choices=["mlp", "cnn", "cnn-norm"], default="mlp")
     parser.add_argument("--output", type=Path, default=Path("compressed"))
     parser.add_argument("--seeds", type=int, default=1, help="networks")
     parser.add_argument("--grid", choices=["reduced", "full"], default="reduced")
