@@ -3,8 +3,12 @@
     python examples/clnp_permuted_mnist.py --folder DATA        # DATA holds MNIST/raw
 
 MLP 784-2000-2000-10, ReLU, Adam, batches of 256, a head for each task. Published: CLNP 98.42 ± 0.04, a single task
-98.48 ± 0.05, EWC 97.0. Written are the accuracy on each task, the units that each task needs, and a figure of them;
+98.48 ± 0.05, EWC 97.0. Each task keeps an even share of the free units, chosen by their influence, and trains them
+once more after the cut. Written are the accuracy on each task, the units that each task needs, and a figure of them;
 the logits of each task at the end are compared, bit by bit, with those right after its own training.
+
+With 400 units a layer, 5 epochs a task and one seed: CLNP 96.8 (--width 400 --epochs 5 --lr 5e-3); EWC, by its
+strength and learning rate, 91.7 (--strength 100 --lr 1e-3), 88.8 (1000, 1e-3), 96.7 (100, 5e-3).
 """
 
 from __future__ import annotations
@@ -95,13 +99,16 @@ def main() -> None:
     parser.add_argument("--method", choices=["clnp", "ewc", "none"], default="clnp")
     parser.add_argument("--tasks", type=int, default=10)
     parser.add_argument("--width", type=int, default=2000)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--epochs", type=int, default=7, help="of a task, in all")
+    parser.add_argument("--retrain-epochs", type=int, help="of CLNP, how many of these come after the cut; 5 of 7")
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument(
-        "--l1", type=float, nargs=3, default=[3e-5, 1e-4, 3e-4], help="the strength of L1 in both layers and the heads"
+        "--l1", type=float, nargs=3, default=[1e-4, 1e-4, 1e-3], help="the strength of L1 in both layers and the heads"
     )
+    parser.add_argument("--measure", choices=["activity", "influence"], default="influence")
     parser.add_argument("--tolerance", type=float, default=0.001)
-    parser.add_argument("--strength", type=float, default=1000.0, help="λ of EWC")
+    parser.add_argument("--precision", default="32-true", help="bf16-mixed is several times faster where it is served")
+    parser.add_argument("--strength", type=float, default=100.0, help="λ of EWC")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accelerator", default="auto")
     options = parser.parse_args()
@@ -113,7 +120,15 @@ def main() -> None:
     tasks = permute_pixels(train, test, num_tasks=options.tasks, seed=options.seed)
     data = ContinualDataModule(tasks, batch_size=256, val_fraction=0.1, seed=options.seed)
     model = Network(options.width, options.tasks, options.lr)
-    clnp = CLNPCallback(options.tolerance, l1=dict(zip(("net.0", "net.2", "net.4.*"), options.l1, strict=True)))
+    retrain = options.epochs * 5 // 7 if options.retrain_epochs is None else options.retrain_epochs
+    clnp = CLNPCallback(
+        options.tolerance,
+        l1=dict(zip(("net.0", "net.2", "net.4.*"), options.l1, strict=True)),
+        measure=options.measure,
+        num_tasks=options.tasks if retrain else None,
+        retrain_epochs=retrain,
+    )
+    epochs = options.epochs - (retrain if options.method == "clnp" else 0)
     forgotten, matrix = Forgotten(clnp, data), AccuracyMatrixCallback("val_acc", split="test", baseline=False)
     callbacks: dict[str, list[L.Callback]] = {
         "clnp": [clnp, forgotten],
@@ -125,12 +140,13 @@ def main() -> None:
         accelerator=options.accelerator,
         devices=1,
         max_epochs=-1,  # the stream decides
-        callbacks=[TaskStream(options.epochs), *callbacks[options.method], matrix],
+        callbacks=[TaskStream(epochs), *callbacks[options.method], matrix],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
-        check_val_every_n_epoch=options.epochs,
+        check_val_every_n_epoch=epochs,
+        precision=options.precision,
     ).fit(model, datamodule=data)
     seconds = time.perf_counter() - start
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lightning_continual import _host, capacity
 from lightning_continual._host.loggers import write_table_and_figure
+from lightning_continual._host.retraining import retrain, retraining_batches, share_buffers
 from lightning_continual._host.validation import LastValidation, monitored, share_of, validation_loader
-from lightning_continual.compression.surgery import copy_of
 from lightning_continual.constraints import Pin
 from lightning_continual.data import seed_of
 from lightning_continual.report.units import units_figure
@@ -33,51 +33,52 @@ class CLNPCallback(ContinualCallback):
     .. math::
         A \leftarrow A \cup \{j : \bar a_j > \theta_l\} \cup \{\text{outputs of the task}\}
 
-    with :math:`\bar a_j` the mean activity of unit j of layer l on the task's training data, as the next layers read
-    it. A weight by which unit i reads unit j is then
+    with :math:`\bar a_j` the mean activity of unit j of layer l on the training data, as the next layers read it. A
+    weight by which unit i reads unit j is then
 
     - *kept* where both are active, with the biases and norms of active units: held for ever;
     - *cut* where i is active and j is not, for training j would interfere: set to zero, and held there;
     - *free* where i is not active: drawn anew, and trained by later tasks, which reuse active units at no cost.
 
-    The threshold is found by graceful forgetting: raised from 0, in units of the mean activity in a layer, as long as
-    the score on the task's validation data, with the other units cut, falls by no more than ``tolerance``; see
-    `graceful_threshold`. That costs three passes over the validation data (where the fit's own validation is used and
-    cannot be, resumed or in several processes, it may be one more), and the activities one over the training data.
+    The threshold is found by graceful forgetting: raised from 0, in units of the layer's mean activity, as long as the
+    score on validation data, with the other units cut, falls by no more than ``tolerance``; see `graceful_threshold`.
+    That costs three passes over the validation data (one more where the fit's own validation cannot be used, resumed
+    or in several processes), and the activities one over the training data.
 
     Old tasks' logits stay the same to the bit, through any optimizer, weight decay, clipping, precision, strategy and
     other callbacks. The active channels of a batch norm hold their statistics, and are normalised by them in
-    training, too. Every task needs outputs of its own: a `TaskHead`, or the task's ``classes`` of one output layer
-    (class-incremental); the logits of a task are then those of its outputs.
+    training, too. Every task needs outputs of its own: a `TaskHead`, or its ``classes`` of one output layer.
 
     Needed are layers that keep units apart: linear layers, convolutions, batch norms, activations, pooling, flatten,
-    residual sums, dropout. Which unit reads which is found by tracing. In the callbacks list put it before
+    residual sums, dropout; who reads whom is found by tracing. In the callbacks list put it before
     `AccuracyMatrixCallback` and `EWCCallback`, which then see the network after the cut. What the paper leaves open
-    (activity of channels, the search, the scale of thresholds) is our reading.
-
-    To every logger go ``clnp/{layer}/free``, ``new``, ``reused`` and ``idle`` (see `UnitCounts`) and, where it takes
-    them, the table and the figure ``clnp/units``.
+    (activity of channels, the search, the scale of thresholds) is our reading. To every logger go the `UnitCounts` as
+    ``clnp/{layer}/free``, ``new``, ``reused``, ``idle`` and, where it takes them, the table and figure ``clnp/units``.
 
     Args:
-        tolerance: m, how much of the score one is ready to lose at each task's end.
+        tolerance: m, how much of the score may be lost at each task's end, before any retraining.
         l1: α; or a mapping from patterns of layer names, as ``{"backbone.*": 1e-4}``, to one each.
-        threshold: θ, of the activity itself, in place of the search; or a mapping from patterns of layer names to one
-            each, for some layers. ``math.inf`` keeps nothing of any task; with ``l1=0`` nothing is done then.
+        threshold: θ, of the ``measure`` itself, in place of the search; or a mapping from patterns of layer names to
+            one each, for some layers. ``math.inf`` keeps nothing; with ``l1=0`` nothing is done then.
         monitor: The key under which ``validation_step`` logs the score.
         higher_is_better: False where ``monitor`` is a loss or an error.
-        classes: Of one output layer for all tasks: for each task the outputs that are its own; by default the
-            ``classes`` of the tasks of a `ContinualDataModule`.
-        forward: Returns the outputs of module and batch; by default the module's output for the first part of the
-            batch.
+        classes: Of one output layer for all tasks: the outputs of each task; by default the ``classes`` of the tasks
+            of a `ContinualDataModule`.
+        forward: Returns the outputs of module and batch; by default those for the first part of the batch.
         passes: How many passes over the validation data the search may take, 2 or more. With more than 3, a threshold
             that does not hold is followed by smaller ones.
         num_samples: Samples of the training data for the activities, over all processes; all by default.
+        measure: What thresholds are of: ``"activity"``, as in the paper, or ``"influence"`` (our reading), which is
+            that times the size of the weights that read a unit, and finds more to cut; see `influence`.
+        num_tasks: How many tasks the units are to last for (our reading): each keeps at most an even share of a
+            layer's free units, though it cost more than ``tolerance``; see `Choice`. No limit by default.
+        retrain_epochs: Epochs on the task's data after the cut, of what is kept, without L1 (our reading): so the cut
+            may go deep. Of callbacks this one alone takes part. The score after it costs a pass more.
         seed: Of the free weights' new values.
 
     Raises:
-        ValueError: If an argument lies outside its range; if a layer mixes units or no output layer is found (the
-            error names it and what to do); if a task has no outputs of its own; if the module does not fit to what was
-            learnt.
+        ValueError: If an argument lies outside its range; if a layer mixes units (the error names it) or no output
+            layer is found; if a task has no outputs of its own; if the module does not fit to what was learnt.
         MisconfigurationException: Without validation data or threshold; if ``monitor`` is not logged; if the strategy
             hides gradients; for a compiled module with batch norms.
         ImportError: If torch-pruning, which traces the module, is not installed.
@@ -103,6 +104,9 @@ class CLNPCallback(ContinualCallback):
         forward: Callable[[Any, Any], Any] | None = None,
         passes: int = 3,
         num_samples: int | None = None,
+        measure: Literal["activity", "influence"] = "activity",
+        num_tasks: int | None = None,
+        retrain_epochs: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -116,9 +120,12 @@ class CLNPCallback(ContinualCallback):
         for value in self.threshold.values():
             if not value >= 0:
                 raise ValueError(f"`threshold` must be at least 0, but got {value}. Leave it out to have it searched.")
-        for name, number, least in (("passes", passes, 2), ("num_samples", num_samples, 1)):
+        counts = (passes, 2), (num_samples, 1), (num_tasks, 1), (retrain_epochs, 0)
+        for name, (number, least) in zip(("passes", "num_samples", "num_tasks", "retrain_epochs"), counts, strict=True):
             if number is not None and number < least:
                 raise ValueError(f"`{name}` must be at least {least}, but got {number}. Leave it out for the default.")
+        if measure not in ("activity", "influence"):
+            raise ValueError(f"`measure` must be 'activity' or 'influence', but got {measure!r}.")
         self.tolerance = tolerance
         self.monitor = monitor
         self.higher_is_better = higher_is_better
@@ -126,6 +133,9 @@ class CLNPCallback(ContinualCallback):
         self.forward = forward
         self.passes = passes
         self.num_samples = num_samples
+        self.measure = measure
+        self.num_tasks = num_tasks
+        self.retrain_epochs = retrain_epochs
         self.seed = seed
         self.learnt = capacity.Learnt()
         """Which units tasks are in, and how many there are."""
@@ -156,24 +166,17 @@ class CLNPCallback(ContinualCallback):
 
     @contextmanager
     def as_task(self, model: nn.Module, task: int) -> Iterator[None]:
-        """Let a model be what a task sees: in evaluation mode, its head at the task.
+        """Let a model (that which was trained, or one with its weights) be what a task sees, in evaluation mode.
 
-        Where one output layer serves all tasks, the outputs of other tasks are minus infinity. The model is the one
-        that was trained, or one with its weights; a task that was not learnt raises a ValueError.
+        Where one output layer serves all tasks, other tasks' outputs are minus infinity. A task that was not learnt
+        raises a ValueError.
         """
         with self.learnt.as_task(model, task):
             yield
 
     def export_task(self, model: nn.Module, task: int) -> nn.Module:
-        """Return a copy of a model as a task sees it, for good: see `as_task`.
-
-        It stands alone, in evaluation mode, and can be exported, as by ``torch.export.export``.
-        """
-        with self.as_task(model, task):
-            copied = copy_of(model)
-        for parameter in copied.parameters():
-            parameter.requires_grad_(False)
-        return copied.eval()
+        """Return a copy of a model as a task sees it, which stands alone and can be exported; see `as_task`."""
+        return self.learnt.export_task(model, task)
 
     # --- Before training ----------------------------------------------------------------------------------------------
 
@@ -193,8 +196,7 @@ class CLNPCallback(ContinualCallback):
                 for task in range(first, getattr(data, "num_tasks", first + 1)):
                     self._require_outputs(trainer, task)
                 if self._is_searched:
-                    loader = validation_loader(trainer, self._current_task(trainer), type(self).__name__)
-                    monitored(trainer, loader, self.monitor, type(self).__name__, limit=1)
+                    self._score(trainer, validation_loader(trainer, first, type(self).__name__), limit=1)
         super().on_train_start(trainer, pl_module)
 
     def _wire(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -205,8 +207,7 @@ class CLNPCallback(ContinualCallback):
                 " Train it without `torch.compile`, or without batch norms."
             )
         with _host.observing(pl_module):
-            samples = _host.train_data(trainer, num_samples=2 * trainer.world_size)
-            batch = _host.to_device(trainer, next(iter(samples)))
+            batch = _host.to_device(trainer, next(iter(_host.train_data(trainer, num_samples=2 * trainer.world_size))))
             self._wiring = units = capacity.find_wiring(pl_module, batch, forward=self._outputs_for)
         layers = list(dict.fromkeys(name.rpartition(".")[0] for name in units.rows))
         self._strengths = capacity.l1_strengths(pl_module, units, capacity.by_layer(self.l1, layers, "l1"))
@@ -228,7 +229,7 @@ class CLNPCallback(ContinualCallback):
             tasks = getattr(_host.data_module_of(trainer), "tasks", [])
             classes = [getattr(one, "classes", None) or () for one in tasks]
         units = self._units.outputs_of(task, classes[task] if task < len(classes) else None)
-        self.learnt.require_free(units, task)
+        self.learnt.require_free(units, task, self.num_tasks)
         return units
 
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
@@ -239,7 +240,7 @@ class CLNPCallback(ContinualCallback):
         if full := self.learnt.full_layers(self._units):
             rank_zero_warn(
                 f"`CLNPCallback` has no free units for task {task} in layers {full}. They only give what earlier tasks"
-                " have learnt. Use wider layers, or a larger `tolerance` or `l1`."
+                " have learnt. Use wider layers, `num_tasks`, or a larger `tolerance` or `l1`."
             )
 
     # --- During training ----------------------------------------------------------------------------------------------
@@ -268,9 +269,8 @@ class CLNPCallback(ContinualCallback):
         self._ends = capacity.hold_statistics(pl_module, self._units, active)
 
     def _let_go(self) -> None:
-        for end in self._ends:
-            end()
-        self._ends = []
+        while self._ends:
+            self._ends.pop()()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the user's objects as they were."""
@@ -288,35 +288,35 @@ class CLNPCallback(ContinualCallback):
         """Find the units that the task needs, keep them, cut what would interfere, and free the rest."""
         if self._is_neutral or self._keeps_nothing:
             return
-        units = self._units
-        self._share_statistics(pl_module)
+        units, parameters = self._units, dict(pl_module.named_parameters())
+        share_buffers(pl_module)
         outputs = self._require_outputs(trainer, task)
-        before = self.learnt.units
-        activity = self._activity(trainer, pl_module, task)
-
+        measure = self._activity(trainer, pl_module, task)
+        if self.measure == "influence":
+            measure = capacity.influence(units, parameters, measure, outputs)
         always = capacity.untrained_units(pl_module, units)
         always[outputs] = True
-
-        def reached(common: float) -> Tensor:
-            return always | capacity.active_units(units, activity, self._thresholds, common)
-
-        common, search = 0.0, None
-        if self._is_searched:
-            search = self._search(trainer, pl_module, task, activity, lambda value: before | reached(value))
-            common = search["threshold"]
-        active = before | reached(common)
-        capacity.cut_(units, dict(pl_module.named_parameters()), active)
+        left = None if self.num_tasks is None else self.num_tasks - task
+        choice = capacity.Choice(units, measure, self._thresholds, self.learnt.units, always, left)
+        search = self._search(trainer, pl_module, task, choice) if self._is_searched else None
+        common = search["threshold"] if search is not None else 0.0
+        kept = choice.kept(common)
+        active = choice.before | kept
+        capacity.cut_(units, parameters, active)
+        if self.retrain_epochs:
+            self._retrain(trainer, pl_module, task, active)
+        if search is not None:
+            if self.retrain_epochs or choice.is_short(common):
+                search["after"] = self._score(trainer, validation_loader(trainer, task, type(self).__name__))
+            if wrong := capacity.what_went_wrong(
+                search, task, self.tolerance, self.higher_is_better, retrained=self.retrain_epochs > 0
+            ):
+                rank_zero_warn(f"`CLNPCallback` {wrong}")
         capacity.reset_free_(pl_module, units, active, seed=seed_of(self.seed, task, "clnp"))
-        self.learnt = self.learnt.after(task, units, reached(common), outputs.tolist(), search)
+        self.learnt = self.learnt.after(task, units, kept, outputs.tolist(), search)
         self._hold(pl_module)
         if trainer.is_global_zero:
             self._log(trainer, task)
-
-    def _share_statistics(self, pl_module: L.LightningModule) -> None:
-        """Let every process have the first one's statistics, as the strategy does in a forward pass."""
-        for name, one in pl_module.named_buffers():
-            if _host.is_distributed() and name in self._units.rows:
-                one.copy_(_host.gather_everywhere(one.cpu())[0])
 
     def _activity(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> Tensor:
         loader, add = _host.train_data(trainer, num_samples=self.num_samples), _host.all_sum(trainer)
@@ -330,38 +330,39 @@ class CLNPCallback(ContinualCallback):
 
             return capacity.activity_read(pl_module, self._units, loader, forward=run, all_reduce=add)
 
-    def _search(
-        self, trainer: L.Trainer, pl_module: Any, task: int, activity: Tensor, active_at: Callable[[float], Tensor]
-    ) -> dict[str, float]:
+    def _score(self, trainer: L.Trainer, loader: Any, **options: Any) -> float:
+        return monitored(trainer, loader, self.monitor, type(self).__name__, **options)
+
+    def _search(self, trainer: L.Trainer, pl_module: Any, task: int, choice: capacity.Choice) -> dict[str, float]:
         """Return the common threshold, and the scores before and after the cut."""
-        units, parameters, who = self._units, dict(pl_module.named_parameters()), type(self).__name__
-        loader = validation_loader(trainer, task, who)
+        loader = validation_loader(trainer, task, type(self).__name__)
         share = share_of(trainer, loader, parts=8)
-        searched = ~active_at(math.inf)
-        for name in self._thresholds:
-            searched[units.layers[name].start : units.layers[name].stop] = False
         with _host.progress(trainer, None, f"Graceful forgetting of task {task}") as tick:
 
-            def score(common: float | None, of_share: bool) -> float:
-                active = torch.zeros(units.num_units).bool() if common is None else active_at(common)
-                with capacity.cut(units, parameters, active):
-                    return monitored(trainer, share if of_share else loader, self.monitor, who, tick=tick)
+            def score(of_share: bool = False) -> float:
+                return self._score(trainer, share if of_share else loader, tick=tick)
 
-            search = capacity.graceful_threshold(
-                capacity.relative_activity(units, activity)[searched],
+            return capacity.graceful_choice(
+                choice,
+                dict(pl_module.named_parameters()),
                 score,
                 tolerance=self.tolerance,
                 passes=self.passes,
-                before=self._validation.score(trainer, lambda: score(None, False)),
+                before=self._validation.score(trainer, score),
                 with_share=share is not None,
                 higher_is_better=self.higher_is_better,
             )
-        if "before" in search and search["threshold"] == 0:
-            rank_zero_warn(
-                f"`CLNPCallback` found no threshold for task {task} that costs at most `tolerance={self.tolerance}`:"
-                f" only dead units are cut. Pass more `passes` than {self.passes}, or a larger `tolerance` or `l1`."
-            )
-        return search
+
+    def _retrain(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int, active: Tensor) -> None:
+        """Train the weights that the task keeps for some epochs more, without L1; what is cut stays cut."""
+        parameters, strengths = dict(pl_module.named_parameters()), self._strengths
+        self._pin |= capacity.pin_of_cut(self._units, parameters, active)
+        self._strengths = {}
+        total, seed = self.retrain_epochs * retraining_batches(trainer), seed_of(self.seed, task, "retrain")
+        with _host.progress(trainer, total, f"Retraining what task {task} keeps") as tick:
+            retrain(trainer, self, epochs=self.retrain_epochs, seed=seed, tick=tick)
+        self._strengths = strengths
+        share_buffers(pl_module)
 
     def _log(self, trainer: L.Trainer, task: int) -> None:
         counts, step = [one for one in self.learnt.counts if one.task == task], trainer.global_step
@@ -396,5 +397,4 @@ class CLNPCallback(ContinualCallback):
 
     @property
     def _is_searched(self) -> bool:
-        """Whether there are layers without a threshold given."""
         return len(self._thresholds) < len(self._units.layers)

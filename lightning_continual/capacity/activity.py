@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -62,9 +62,9 @@ def activity_read(
     sums = {name: torch.zeros(len(places.units), dtype=torch.float64) for name, places in wiring.columns.items()}
     counts = torch.zeros(len(readers) + 1, dtype=torch.float64)  # the last is that of all samples
 
-    def watch(place: int, name: str) -> Callable[[nn.Module, Any], None]:
-        def hook(layer: nn.Module, args: Any) -> None:
-            values = args[0].detach().abs()
+    def watch(place: int, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(layer: nn.Module, args: Any, kwargs: Any) -> None:
+            values = argument(args, kwargs).detach().abs()
             values = values if isinstance(layer, nn.Linear) else values.movedim(1, -1)
             values = values.to(torch.promote_types(values.dtype, torch.float32))
             total = values.reshape(len(values), -1, values.shape[-1]).mean(1).sum(0, dtype=torch.float64)
@@ -75,7 +75,7 @@ def activity_read(
 
     with undisturbed(module), torch.no_grad(), ExitStack() as stack:
         for place, (name, layer) in enumerate(readers.items()):
-            stack.callback(layer.register_forward_pre_hook(watch(place, name)).remove)
+            stack.callback(layer.register_forward_pre_hook(watch(place, name), with_kwargs=True).remove)
         for batch in batches:
             (forward or module)(batch)
             counts[-1] += 1
@@ -97,6 +97,17 @@ def activity_read(
         columns = torch.bincount(units[units >= 0], minlength=wiring.num_units).clamp(min=1)
         activity = torch.maximum(activity, read / columns)
     return activity
+
+
+def argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the only argument of a layer's call, by position or by name.
+
+    Example:
+        >>> argument((), {"input": torch.tensor(1.0)})
+        tensor(1.)
+    """
+    value: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return value
 
 
 def relative_activity(wiring: Wiring, activity: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -83,6 +84,38 @@ def graceful_threshold(
     if (tried[found], False) in scores:
         result["after"] = scores[tried[found], False]
     return {**result, "threshold": tried[found]}
+
+
+def what_went_wrong(
+    search: Mapping[str, float], task: int, tolerance: float, higher_is_better: bool = True, *, retrained: bool = False
+) -> str:
+    """Return what there is to warn of after a task's boundary; empty where all went well.
+
+    Args:
+        search: What `graceful_threshold` returned, with ``"after"`` the score of what was kept in the end.
+        task: The task.
+        tolerance: m.
+        higher_is_better: False where the score is a loss.
+        retrained: Whether what was kept was retrained.
+
+    Example:
+        >>> what_went_wrong({"before": 0.9, "after": 0.7, "threshold": 1.0}, 2, 0.05).partition(":")[0]
+        'lost more than `tolerance=0.05` at the end of task 2'
+        >>> what_went_wrong({"before": 0.9, "after": 0.9, "threshold": 1.0}, 2, 0.05)
+        ''
+    """
+    before, after = (search.get(name, math.nan) for name in ("before", "after"))
+    if (before - after if higher_is_better else after - before) > tolerance:
+        return (
+            f"lost more than `tolerance={tolerance}` at the end of task {task}: the score was {before:.4g} before the"
+            f" cut, and is {after:.4g}. Pass more `retrain_epochs` or a larger `l1`, or use wider layers."
+        )
+    if "before" in search and search["threshold"] == 0 and not retrained:
+        return (
+            f"found no threshold for task {task} that costs at most `tolerance={tolerance}`: only dead units are cut."
+            " Pass more `passes`, or a larger `tolerance` or `l1`."
+        )
+    return ""
 
 
 def _bisect(low: int, high: int, probes: int, accepts: Callable[[int], bool]) -> int:

@@ -98,6 +98,17 @@ def pin_of(wiring: Wiring, tensors: Mapping[str, Tensor], active: Tensor) -> Pin
     return Pin.at(tensors, {name: one for name, one in places.items() if bool(one.any())})
 
 
+def pin_of_cut(wiring: Wiring, tensors: Mapping[str, Tensor], active: Tensor) -> Pin:
+    """Return the pin that holds at zero what `cut_weights` of the same arguments says, and nothing else.
+
+    Example:
+        >>> pin_of_cut(Wiring({}, {}, {}, {}), {}, torch.tensor([])).num_pinned()
+        0
+    """
+    places = {name: one for name, one in cut_weights(wiring, tensors, active).items() if bool(one.any())}
+    return Pin(places, {name: torch.zeros_like(tensors[name]) for name in places})
+
+
 def reset_free_(module: nn.Module, wiring: Wiring, active: Tensor, *, seed: int) -> None:
     """Draw the weights of units that are not active anew, in place, as their layers do it (``reset_parameters``).
 

@@ -14,6 +14,7 @@ from lightning_continual.capacity.counts import UnitCounts, count_units
 from lightning_continual.capacity.kinds import cut_weights
 from lightning_continual.capacity.task_view import only_outputs
 from lightning_continual.capacity.wiring import Wiring
+from lightning_continual.compression.surgery import copy_of
 from lightning_continual.heads import at_task, task_heads
 from lightning_continual.parameters import ParamDict, evaluating
 
@@ -71,8 +72,19 @@ class Learnt:
                     " that the tasks were learnt with. Restore both from one checkpoint."
                 )
 
-    def require_free(self, outputs: Tensor, task: int) -> None:
-        """Raise a ValueError if tasks have some of these outputs already, numbered as in the `Wiring`."""
+    def require_free(self, outputs: Tensor, task: int, num_tasks: int | None = None) -> None:
+        """Raise a ValueError if tasks have some of these outputs already, or there are to be no more tasks.
+
+        Args:
+            outputs: The outputs, numbered as in the `Wiring`.
+            task: The task to be learnt.
+            num_tasks: How many tasks the units are to last for.
+        """
+        if num_tasks is not None and task >= num_tasks:
+            raise ValueError(
+                f"`num_tasks` must be at least {task + 1}, for task {task} is to be learnt, but got {num_tasks}. Pass"
+                " the number of all tasks."
+            )
         if bool(self.units[outputs].any()):
             raise ValueError(
                 f"Task {task} must have outputs of its own, but earlier tasks have some of them, which are held. Use a"
@@ -127,6 +139,12 @@ class Learnt:
             if not task_heads(model):
                 stack.enter_context(only_outputs(model, list(self.active)[-1], self.outputs[task]))
             yield
+
+    def export_task(self, model: nn.Module, task: int) -> nn.Module:
+        """Return a copy of a model as a task sees it, for good: in evaluation mode, without gradients."""
+        with self.as_task(model, task):
+            copied = copy_of(model)
+        return copied.requires_grad_(False).eval()
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values."""

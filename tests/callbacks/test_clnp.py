@@ -24,11 +24,12 @@ from lightning_continual.callbacks.rehearsal import RehearsalCallback
 from lightning_continual.data import ContinualDataModule
 from lightning_continual.heads import TaskHead
 from lightning_continual.stream import ContinualCallback, TaskStream, restore
-from lightning_continual.tasks import Task, split_by_class
+from lightning_continual.tasks import Task, permute_pixels, split_by_class
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`CLNPCallback` has no free units"),
     pytest.mark.filterwarnings("ignore:`CLNPCallback` found no threshold"),
+    pytest.mark.filterwarnings("ignore:`CLNPCallback` lost more than"),
 ]
 
 
@@ -232,6 +233,27 @@ def test_so_they_do_with_labels_numbered_through_all_tasks(trainer: Callable[...
         assert (~kept.isinf()).all(0).nonzero().flatten().tolist() == [2 * task, 2 * task + 1]
 
 
+def shared(**options: Any) -> CLNPCallback:
+    """One that cuts deep, shares the units out among three tasks, and retrains."""
+    deep = {"threshold": None, "tolerance": 0.02, "measure": "influence", "num_tasks": 3, "retrain_epochs": 2}
+    return clnp(**{**deep, **options})
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_so_they_do_where_what_is_kept_is_retrained_after_a_deep_cut(
+    trainer: Callable[..., L.Trainer], kind: str, optimizer: str
+) -> None:
+    L.seed_everything(3, verbose=False)
+    module, method = Network(kind, optimizer), shared(threshold=0.0)
+    logits = Logits(method)
+    trainer(TaskStream(2), method, logits, gradient_clip_val=0.5).fit(module, datamodule=stream())
+    logits.require_same(module)
+    counts = method.learnt.counts
+    assert all(one.new == (one.free + one.new) // (3 - one.task) for one in counts if one.task < 2)  # an even share
+    assert all(one.new > 0 for one in counts)
+
+
 class SaveAt(L.Callback):
     def __init__(self, path: Path, step: int) -> None:
         self.path, self.step = path, step
@@ -243,12 +265,14 @@ class SaveAt(L.Callback):
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 @pytest.mark.parametrize("step", [8, 11], ids="step={}".format)  # of 4 a epoch, 2 epochs a task: boundary, in a task
-@pytest.mark.parametrize("searched", [False, True], ids=["threshold", "searched"])
+@pytest.mark.parametrize("how", ["threshold", "searched", "retrained"])
 def test_so_they_do_over_a_resume_which_changes_nothing(
-    trainer: Callable[..., L.Trainer], tmp_path: Path, kind: str, step: int, searched: bool
+    trainer: Callable[..., L.Trainer], tmp_path: Path, kind: str, step: int, how: str
 ) -> None:
     def method() -> CLNPCallback:
-        return clnp(threshold=None, tolerance=0.05) if searched else clnp(kind)
+        if how == "retrained":
+            return shared()
+        return clnp(threshold=None, tolerance=0.05) if how == "searched" else clnp(kind)
 
     L.seed_everything(3, verbose=False)
     whole, first = Network(kind, "adam"), method()
@@ -294,13 +318,15 @@ class Keep(L.Callback):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
-@pytest.mark.parametrize("searched", [False, True], ids=["threshold", "searched"])
+@pytest.mark.parametrize("how", ["threshold", "searched", "retrained"])
 def test_two_processes_keep_the_same_units_and_forget_nothing(
-    trainer: Callable[..., L.Trainer], tmp_path: Path, kind: str, searched: bool
+    trainer: Callable[..., L.Trainer], tmp_path: Path, kind: str, how: str
 ) -> None:
     L.seed_everything(3, verbose=False)
     module = Network(kind, "sgd")
+    searched = how != "threshold"
     method = clnp(threshold=None, tolerance=0.05, passes=6) if searched else clnp(kind)
+    method = shared() if how == "retrained" else method
     logits = Logits(method)
     options = {"devices": 2, "strategy": "ddp_fork_find_unused_parameters_true"}
     if not searched:
@@ -466,6 +492,69 @@ def test_thresholds_and_l1_may_differ_by_layer(trainer: Callable[..., L.Trainer]
     assert torch.equal(plain.body[1].bias, penalised.body[1].bias)
 
 
+class Retraining(L.Callback):
+    """Keeps the weights where the boundary begins and ends."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_task_end(self, trainer: Any, pl_module: Any, task: int) -> None:
+        self.weights.append({name: value.clone() for name, value in pl_module.named_parameters()})
+
+
+def test_retraining_moves_what_the_task_keeps_by_its_loss_alone_and_leaves_what_is_cut(
+    trainer: Callable[..., L.Trainer],
+) -> None:
+    L.seed_everything(3, verbose=False)
+    module, data = Network(), ContinualDataModule(images(1), batch_size=48)  # one step an epoch
+    method, before, after = clnp(retrain_epochs=1, l1=10.0), Retraining(), Retraining()
+    trainer(TaskStream(1), before, method, after).fit(module, datamodule=data)
+    active = method.learnt.active
+    (start,), (end,) = before.weights, after.weights
+    rows, columns = active["body.3"][:, None], active["body.1"][None]
+    assert bool((end["body.3.weight"][(rows & ~columns).expand(16, 24)] == 0).all())
+    # One step of SGD from what was kept, on the loss without L1, as by hand.
+    hand = Network()
+    hand.load_state_dict({**start, "body.3.weight": start["body.3.weight"].masked_fill(rows & ~columns, 0.0)})
+    hand.head.task = 0
+    x, y = whole(data.tasks[0].train)
+    optimizer = hand.configure_optimizers()
+    nn.functional.cross_entropy(hand(x), y % 2).backward()
+    optimizer.step()
+    kept = (rows & columns).expand(16, 24)
+    assert bool(kept.any())
+    torch.testing.assert_close(end["body.3.weight"][kept], hand.body[3].weight.detach()[kept])
+    assert bool((end["body.3.weight"][kept] != start["body.3.weight"][kept]).all())
+    torch.testing.assert_close(end["head.layers.0.bias"], hand.head.layers[0].bias.detach())
+
+
+def whole(data: Any) -> tuple[Tensor, Tensor]:
+    x, y = zip(*(data[place] for place in range(len(data))), strict=True)
+    return torch.stack(x), torch.stack(y)
+
+
+def test_the_score_after_retraining_is_told_and_a_loss_is_warned_of(trainer: Callable[..., L.Trainer]) -> None:
+    L.seed_everything(3, verbose=False)
+    module, method = Network("mlp", "adam"), shared(num_tasks=24, retrain_epochs=0, tolerance=0.0)
+    data = ContinualDataModule(images(1, number=120), batch_size=12)
+    with pytest.warns(
+        UserWarning, match=r"lost more than `tolerance=0\.0` at the end of task 0: the score was .* before"
+    ):
+        trainer(TaskStream(8), method).fit(module, datamodule=data)
+    assert all(one.new == 1 for one in method.learnt.counts)  # of 24 units, and of 16
+    (found,) = method.learnt.searches.values()
+    L.seed_everything(3, verbose=False)
+    module, method = Network("mlp", "adam"), shared(num_tasks=4, retrain_epochs=8)
+    trainer(TaskStream(8), method).fit(module, datamodule=data)
+    (again,) = method.learnt.searches.values()
+    assert again["before"] == found["before"]
+    assert again["after"] > found["after"]
+    with torch.no_grad(), method.as_task(module, 0):
+        x, y = whole(data.tasks[0].val)
+        score = float((module(x).argmax(1) == y % 2).float().mean())
+    assert math.isclose(again["after"], score, rel_tol=1e-5)
+
+
 def test_frozen_layers_stay_and_their_units_are_active(trainer: Callable[..., L.Trainer]) -> None:
     L.seed_everything(3, verbose=False)
     module, method = Network(), clnp(threshold=100.0)
@@ -612,6 +701,9 @@ def test_a_search_that_finds_nothing_is_told(trainer: Callable[..., L.Trainer]) 
         ({"threshold": {"a": math.nan}}, r"`threshold` must be at least 0, but got nan"),
         ({"passes": 1}, r"`passes` must be at least 2, but got 1"),
         ({"num_samples": 0}, r"`num_samples` must be at least 1, but got 0"),
+        ({"num_tasks": 0}, r"`num_tasks` must be at least 1, but got 0"),
+        ({"retrain_epochs": -1}, r"`retrain_epochs` must be at least 0, but got -1"),
+        ({"measure": "size"}, r"`measure` must be 'activity' or 'influence', but got 'size'"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -706,6 +798,11 @@ def test_more_tasks_than_the_head_has_are_refused(trainer: Callable[..., L.Train
         MisconfigurationException,
         r"must be at least 4, the number of tasks, but is 3",
     )
+
+
+def test_more_tasks_than_units_are_to_last_for_are_refused(trainer: Callable[..., L.Trainer]) -> None:
+    message = r"`num_tasks` must be at least 3, for task 2 is to be learnt, but got 2\. Pass the number of all tasks"
+    fails(trainer, clnp(num_tasks=2), Network(), stream(), ValueError, message)
 
 
 def test_patterns_that_name_no_layer_are_refused(trainer: Callable[..., L.Trainer]) -> None:
@@ -818,3 +915,45 @@ def test_fashion_by_class_is_not_forgotten_and_almost_as_good_as_one_network_a_t
     assert all(torch.equal(R[task:, task], R[task, task].expand(5 - task)) for task in range(5))
     alone = [float(run([Task(one.train, test=one.test)])) for one in tasks]
     assert float(R[-1].mean()) > sum(alone) / 5 - 0.02
+
+
+class Digits(Network):
+    """784-400-400-10, a head a task, Adam; the learning rate falls along a cosine."""
+
+    def __init__(self, lr: float) -> None:
+        super().__init__()
+        first = nn.Flatten(), nn.Linear(784, 400), nn.ReLU()
+        self.body = nn.Sequential(*first, nn.Linear(400, 400), nn.ReLU())
+        self.head = TaskHead(400, 10, num_tasks=10)
+        self.numbered, self.lr = True, lr
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def permuted_digits(folder: Path) -> list[Task]:
+    datasets = pytest.importorskip("torchvision").datasets
+    parts = []
+    for train, number in ((True, 10_000), (False, 2000)):
+        whole = datasets.MNIST(folder, train=train, download=False)
+        parts.append(TensorDataset(whole.data[:number, None].float() / 255, whole.targets[:number]))
+    return permute_pixels(*parts, num_tasks=10, seed=0)
+
+
+@pytest.mark.slow
+def test_ten_permutations_fit_into_400_units_a_layer_and_none_is_forgotten(
+    trainer: Callable[..., L.Trainer], real_data: Path
+) -> None:
+    L.seed_everything(0, verbose=False)
+    strengths = {"body.1": 1e-4, "body.3": 1e-4, "head.*": 1e-3}
+    method = CLNPCallback(0.001, l1=strengths, measure="influence", num_tasks=10, retrain_epochs=2)
+    matrix = AccuracyMatrixCallback("val_acc", split="test", verbose=False, baseline=False)
+    data = ContinualDataModule(permuted_digits(real_data), batch_size=128, val_fraction=0.1)
+    trainer(TaskStream(1), method, matrix).fit(Digits(lr=1e-2), datamodule=data)
+    R = matrix.matrix.compute()
+    assert all(torch.equal(R[task:, task], R[task, task].expand(10 - task)) for task in range(10))
+    assert all(one.new > 0 for one in method.learnt.counts)
+    assert float(R[-1].mean()) > 0.86  # three short epochs a task, of 9000 samples

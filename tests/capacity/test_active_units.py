@@ -235,13 +235,13 @@ def test_active_channels_are_normalised_as_in_evaluation_and_the_others_as_in_tr
     layer.train()
     if dtype != torch.float64:
         layer, x = layer.to(dtype), x.to(dtype)
-    handle = layer.register_forward_hook(HeldStatistics(layer, active))
+    end = HeldStatistics(layer, active).begin()
     given = layer(x)
     assert given.dtype == dtype
     tolerances = {} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.05}
     assert_close(given, expected.to(dtype), **tolerances)
     assert_close(layer.running_mean, statistics.to(dtype), **tolerances)
-    handle.remove()
+    end()
 
 
 def test_free_channels_have_the_gradient_of_a_batch_norm_and_two_uses_are_no_trouble() -> None:
@@ -249,7 +249,7 @@ def test_free_channels_have_the_gradient_of_a_batch_norm_and_two_uses_are_no_tro
     layer, bare = nn.BatchNorm1d(3).double(), nn.BatchNorm1d(3).double()
     x = torch.randn(6, 3).double()
     active = torch.tensor([False, True, False])
-    layer.register_forward_hook(HeldStatistics(layer, active))
+    HeldStatistics(layer, active).begin()
     inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
     for one, given in zip((layer, bare), inputs, strict=True):
         one(one(given)).square().sum().backward()
@@ -272,6 +272,38 @@ def test_statistics_are_held_only_where_channels_are_active_and_not_in_evaluatio
     end()
     assert torch.equal(model(x), held)
     assert not model[1]._forward_hooks
+    assert not model[1]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("affine", [True, False], ids="affine={}".format)
+def test_a_batch_norm_is_what_it_was_after_each_call_whether_it_raises_or_not(affine: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.BatchNorm1d(3, affine=affine).double()
+    own, x = layer.weight, torch.randn(5, 3).double()
+    names = [name for name, _ in layer.named_parameters()]
+    expected = x.clone()  # mean 0 and variance 1, but for ε
+    end = HeldStatistics(layer, torch.tensor([True, True, False])).begin()
+    for _ in range(2):
+        assert_close(layer(input=x)[:, :2], expected[:, :2] / (1 + layer.eps) ** 0.5)
+        assert layer.weight is own
+        with pytest.raises(ValueError, match="expected 2D or 3D input"):
+            layer(x[0])
+        assert layer.weight is own
+        assert [name for name, _ in layer.named_parameters()] == names
+    end()
+    assert not layer._forward_hooks
+    assert_close(layer(x).mean(0), torch.zeros(3).double())
+
+
+def test_activities_are_of_what_layers_are_given_by_name_too() -> None:
+    class Named(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](input=self[0](input=x).relu())
+
+    torch.manual_seed(0)
+    model, x = Named(nn.Linear(2, 3), nn.Linear(3, 1)), torch.randn(6, 2)
+    found = activity_read(model, find_wiring(model, x), [x])
+    assert_close(found[:3], model[0](x).relu().mean(0).double().detach())
 
 
 # --- What is known ----------------------------------------------------------------------------------------------------
