@@ -193,6 +193,7 @@ class Parts:
         rest: All others that are trained: biases, norms, embeddings, and weights not asked for.
         norms: The modules that keep running statistics.
         statistics: These statistics, which are buffers.
+        buffers: All other buffers of the state, which training may change whatever is held.
     """
 
     weights: list[str]
@@ -201,10 +202,11 @@ class Parts:
     rest: list[str]
     norms: list[str]
     statistics: list[str]
+    buffers: list[str]
 
     def of_each_task(self, *, rest: bool) -> list[str]:
         """Return the parameters and buffers that each task has for itself; with ``rest`` norms and all else, too."""
-        return [*self.own, *([*self.rest, *self.statistics] if rest else ())]
+        return [*self.own, *self.buffers, *([*self.rest, *self.statistics] if rest else ())]
 
 
 def parts_of(module: nn.Module, parameters: Sequence[str], head: Sequence[str]) -> Parts:
@@ -245,7 +247,9 @@ def parts_of(module: nn.Module, parameters: Sequence[str], head: Sequence[str]) 
         name: one for name, one in module.named_modules() if isinstance(one, _NormBase) and one.running_mean is not None
     }
     statistics = [f"{name}.{buffer}".lstrip(".") for name, one in norms.items() for buffer, _ in one.named_buffers()]
-    return Parts(owned, own, heads, rest, list(norms), statistics)
+    saved = module.state_dict().keys() - {*statistics}
+    others = [name for name, _ in module.named_buffers() if name in saved]
+    return Parts(owned, own, heads, rest, list(norms), statistics, others)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_continual.compression.surgery import copy_of
@@ -81,8 +82,15 @@ class Packed:
         return [*heads, *(parts.rest if self.found and rest else ())]
 
     def after(self, task: int, kept: Mapping[str, Tensor], copies: ParamDict, found: Found) -> Packed:
-        """Return it after another task, which takes over free weights; see `Ownership.after`."""
-        own = {name: value.detach().clone() for name, value in copies.items()}
+        """Return it after another task, which takes over free weights; see `Ownership.after`.
+
+        What has not changed since the task before is kept in memory, and saved, once.
+        """
+        last = self.copies.get(max(self.copies, default=task), {})
+        own = {
+            name: last[name] if name in last and _is_same(last[name], value) else value.detach().clone()
+            for name, value in copies.items()
+        }
         return Packed(self.ownership.after(task, kept), {**self.copies, task: own}, {**self.found, task: found})
 
     @contextmanager
@@ -122,3 +130,7 @@ class Packed:
         found = {int(task): Found.from_state_dict(one) for task, one in state_dict["found"].items()}
         copies = {int(task): dict(one) for task, one in state_dict["copies"].items()}
         return cls(Ownership(dict(state_dict["owners"])), copies, found)
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.dtype == b.dtype and torch.equal(a, b)

@@ -18,6 +18,7 @@ from lightning_continual._extras import require
 
 Objective = Literal["constrained", "scalarised"]
 Sampler = Literal["gp", "random"]
+_ROUNDING = 1e-2  # up to which violation an expected score holds: a process is a little smooth even without noise
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Found:
     def from_state_dict(cls, state_dict: dict[str, Any]) -> Found:
         """Return what `state_dict` was taken of."""
         trials = tuple(Trial(tuple(shares), score) for shares, score in state_dict["trials"])
-        shares, sizes = tuple(state_dict["shares"]), tuple(state_dict["sizes"])
-        return cls(shares, sizes, state_dict["before"], state_dict["after"], trials)
+        shares, sizes, before, after = (state_dict[name] for name in ("shares", "sizes", "before", "after"))
+        return cls(tuple(shares), tuple(sizes), before, after, trials)
 
 
 def mean_share(shares: Sequence[float], sizes: Sequence[float]) -> float:
@@ -102,6 +103,9 @@ class ShareSearch:
     (at least one of them positive), which has the same sign as the violation, but in which a network pruned to ruin
     does not hide what happens near the limit. The least shares count as feasible beforehand: nothing is lost where
     nothing is given up, and less than a bound is no choice. Objective, scale and this are our reading of the paper.
+
+    Scores are noisy, and the largest share that happens to hold is a lucky one. With one block the choice is therefore
+    the largest of which both the score holds and, there, the mean of a Gaussian process through all (`posterior`).
 
     Each trial asked is a function of the seed and the trials told so far, so that a search can be broken off and taken
     up again.
@@ -163,23 +167,18 @@ class ShareSearch:
             )
         if not math.isfinite(before):
             raise ValueError(f"`before` must be finite, but got {before}. Look for NaN in the validation data.")
-        if not 0 <= tolerance < math.inf:
-            raise ValueError(f"`tolerance` must be at least 0 and finite, but got {tolerance}.")
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"`weight` must be at least 0 and finite, but got {weight}.")
+        for key, value in {"tolerance": tolerance, "weight": weight}.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"`{key}` must be at least 0 and finite, but got {value}.")
         if objective not in ("constrained", "scalarised"):
             raise ValueError(f"`objective` must be 'constrained' or 'scalarised', but got {objective!r}.")
         if objective == "scalarised" and before == 0:
             raise ValueError("`before` must not be 0, by which scores are divided. Use the objective 'constrained'.")
         self.lows, self.highs = tuple(lows), tuple(highs)
-        self.before = before
-        self.tolerance = tolerance
-        self.objective = objective
-        self.weight = weight
         self.sizes = tuple(sizes or [1.0] * len(lows))
-        self.higher_is_better = higher_is_better
-        self.seed = seed
-        self.sampler = sampler
+        self.before, self.tolerance, self.higher_is_better = before, tolerance, higher_is_better
+        self.objective, self.weight = objective, weight
+        self.sampler, self.seed = sampler, seed
         self._optuna = require("optuna", "bayes")
         with _quiet(self._optuna):
             self._study = self._made(storage, name)
@@ -189,9 +188,8 @@ class ShareSearch:
     def trials(self) -> list[Trial]:
         """The trials told so far, in their order."""
         complete = (self._optuna.trial.TrialState.COMPLETE,)
-        told = self._study.get_trials(deepcopy=False, states=complete)
-        done = [one for one in told if "score" in one.user_attrs]
-        return [Trial(self._shares(one.params), float(one.user_attrs["score"])) for one in done]
+        told = [one for one in self._study.get_trials(deepcopy=False, states=complete) if "score" in one.user_attrs]
+        return [Trial(self._shares(one.params), float(one.user_attrs["score"])) for one in told]
 
     def ask(self) -> tuple[float, ...]:
         """Return the shares to try next, one a block. Asked again before it is told, the answer is the same."""
@@ -203,13 +201,8 @@ class ShareSearch:
                 else:
                     self._study.sampler = samplers.GPSampler(seed=seed, n_startup_trials=1)
                     if not self.trials:
-                        middle = [(low + high) / 2 if low else 0.5 for low, high in self._ranges]
-                        self._study.enqueue_trial(
-                            {
-                                key: min(max(value, low), high)
-                                for key, value, (low, high) in zip(self._keys, middle, self._ranges, strict=True)
-                            }
-                        )
+                        middle = [(low + high) / 2 if low else min(0.5, high) for low, high in self._ranges]
+                        self._study.enqueue_trial(dict(zip(self._keys, middle, strict=True)))
                 self._asked = self._study.ask()
                 for key, (low, high) in zip(self._keys, self._ranges, strict=True):
                     self._asked.suggest_float(key, low, high)
@@ -257,11 +250,19 @@ class ShareSearch:
         return self.violation(trial) <= 0
 
     def chosen(self) -> Trial | None:
-        """Return the best feasible trial; if there is none that of the best score; None without a finite score."""
+        """Return the best feasible trial, if there is none that of the best score; None without a finite score."""
         finite = [one for one in self.trials if math.isfinite(one.score)]
         if feasible := [one for one in finite if self.is_feasible(one)]:
-            return max(feasible, key=self.value)
+            return max(self._expected_to_hold(finite, feasible) or feasible, key=self.value)
         return max(finite, key=lambda one: one.score if self.higher_is_better else -one.score, default=None)
+
+    def _expected_to_hold(self, trials: list[Trial], among: list[Trial]) -> list[Trial]:
+        """Return those of some trials whose constraint holds for the score that all trials let expect."""
+        if self.objective == "scalarised" or len(self.lows) > 1:
+            return among
+        x, y = torch.tensor([(one.shares[0], one.score) for one in trials], dtype=torch.float64).unbind(1)
+        means = dict(zip(trials, posterior(x, y, x)[0].tolist(), strict=True))
+        return [one for one in among if self.violation(Trial(one.shares, means[one])) <= _ROUNDING]
 
     def _constraints(self, trial: Trial) -> dict[str, float]:
         """Return what optuna is told: where scores are added up, one that is not finite is but a bad one."""
@@ -331,7 +332,7 @@ def posterior(x: Tensor, y: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         \sigma_*^2 = k_{**} - k_*^\top K^{-1} k_*
 
     with :math:`K = k(x, x) + \tau^2 I`; :math:`\ell` and :math:`\tau` are the likeliest of a grid, :math:`\sigma^2` in
-    closed form. It is for figures: the sampler has a process of its own.
+    closed form. It is for the choice and for figures: the sampler has a process of its own.
 
     Args:
         x: Where was measured ``(N,)``.

@@ -209,6 +209,25 @@ def test_parameters_are_divided() -> None:
     assert parts.of_each_task(rest=True) == [*parts.own, *parts.rest, *statistics]
 
 
+def test_buffers_of_the_state_are_each_tasks_own() -> None:
+    model = Model()
+    model.layer.register_buffer("mean", torch.zeros(4))
+    model.layer.register_buffer("cache", torch.zeros(4), persistent=False)
+    assert parts_of(model, ["*"], []).of_each_task(rest=False) == ["layer.mean"]
+
+
+def test_what_has_not_changed_is_kept_once() -> None:
+    packed, kept = Packed(Ownership.of_nobody({"w": torch.zeros(1)})), {"w": torch.tensor([False])}
+    table, mean = torch.ones(2), torch.zeros(2)
+    for task in range(3):
+        packed = packed.after(task, kept, {"table": table, "mean": mean}, Found((0.5,), (1,)))
+        mean += task
+    assert packed.copies[0]["table"] is packed.copies[2]["table"]
+    assert [packed.copies[task]["mean"].tolist() for task in range(3)] == [[0, 0], [0, 0], [1, 1]]
+    other = packed.after(3, kept, {"table": table.double(), "mean": mean}, Found((0.5,), (1,)))
+    assert other.copies[3]["table"].dtype == torch.float64
+
+
 def test_weights_that_are_not_asked_for_are_held_as_a_whole() -> None:
     parts = parts_of(Model(), ["layer.*"], [])
     assert parts.weights == ["layer.weight"]

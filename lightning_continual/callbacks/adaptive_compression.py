@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -26,7 +30,7 @@ from lightning_continual._host.retraining import (
 from lightning_continual._host.sights import SeesLoaders
 from lightning_continual._host.validation import monitored, validation_loader
 from lightning_continual.constraints import Pin
-from lightning_continual.data import seed_of
+from lightning_continual.data import ContinualDataModule, seed_of
 from lightning_continual.ownership import (
     Parts,
     blocks_of,
@@ -57,18 +61,19 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
     .. math:: s(p) \ge s_0 - \text{tolerance}
 
     where :math:`s_0` is the score on the task's validation data before, and :math:`s(p)` that after pruning and
-    retraining. A simple task gives back more than a hard one. A trial prunes, retrains and scores, and everything is
-    put back: weights, buffers, optimizers, random state. It costs ``retrain_epochs`` over the training data and a pass
-    over the validation data, and there is one copy of the weights in memory (on an accelerator the optimizers' state
-    waits outside it). What the paper leaves open (the objective, the bounds, blocks, the floor) is our reading.
+    retraining, both as measured and as all trials let expect. A simple task gives back more than a hard one. A trial
+    prunes, retrains and scores, and everything is put back: weights, buffers, optimizers, random state. It costs
+    ``retrain_epochs`` over the training data and a pass over the validation data, and there is one copy of the weights
+    in memory (on an accelerator the optimizers' state waits outside it). What the paper leaves open (the objective, the
+    bounds, blocks, the floor) is our reading.
 
     Retraining is by the module's own ``training_step``, its hooks and optimizers of ``configure_optimizers``, made
     anew and sized for it; other callbacks rest, and nothing is logged.
 
     Biases, norms and all else that is trained but not pruned belong to the first task and are held after it, with the
-    norms' running statistics (then the norms are in evaluation mode); or each task has its own. Every task needs an
-    output layer: a `TaskHead`; any layer named by ``head``, of which each task has a copy; or one for all, which is
-    then pruned like other layers.
+    norms' running statistics (then the norms are in evaluation mode); or each task has its own. Other buffers of the
+    state, which training may change, are each task's own in any case. Every task needs an output layer: a `TaskHead`;
+    any layer named by ``head``, of which each task has a copy; or one for all, which is then pruned like other layers.
 
     A search that is broken off goes on where it was, and ends with the same choice: the trials are in the state, so
     that a checkpoint saved then (by Lightning's ``OnExceptionCheckpoint`` after an interrupt, an error or, between two
@@ -85,7 +90,7 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         trials: How many shares are tried for each task.
         monitor: The key under which ``validation_step`` logs the score; None is possible with a fixed ``share``.
         retrain_epochs: Epochs over the task's data after pruning, in each trial and at the end.
-        share: A fixed share in [0, 1) to give back, in place of the search: PackNet.
+        share: A fixed share in [0, 1) to give back, or one a task, in place of the search: PackNet.
         objective: ``"constrained"``, or ``"scalarised"``: the largest :math:`s(p) / s_0 + w p`.
         weight: :math:`w`.
         blocks: In how many parts the network is divided, each with its own share, 1 to 5.
@@ -103,7 +108,7 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         ValueError: If an argument lies outside its range; if the floor cannot be kept; if a task is trained a second
             time; if the module does not fit to what was learnt; if the score before pruning is NaN.
         MisconfigurationException: Without validation data; if ``monitor`` is not logged; if the strategy hides
-            gradients; with several training loaders.
+            gradients; with several training loaders, or one without a length in a fit that ends by ``max_steps``.
         ImportError: If optuna is not installed.
 
     Example:
@@ -123,7 +128,7 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         trials: int = 12,
         monitor: str | None,
         retrain_epochs: int = 1,
-        share: float | None = None,
+        share: float | Sequence[float] | None = None,
         objective: Objective = "constrained",
         weight: float = 0.1,
         blocks: int = 1,
@@ -152,7 +157,9 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
             raise ValueError(f"`objective` must be 'constrained' or 'scalarised', but got {objective!r}.")
         if norms not in ("hold", "per-task"):
             raise ValueError(f"`norms` must be 'hold' or 'per-task', but got {norms!r}.")
-        if share is not None and not 0 <= share < 1:
+        if share is not None and not all(
+            0 <= one < 1 for one in ([share] if isinstance(share, int | float) else share)
+        ):
             raise ValueError(f"`share` must lie in [0, 1), but got {share}. Leave it out to have it searched.")
         if share is None and monitor is None:
             raise ValueError(
@@ -167,7 +174,7 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         self.num_trials = trials
         self.monitor = monitor
         self.retrain_epochs = retrain_epochs
-        self.share = share
+        self.share = share if share is None or isinstance(share, int | float) else list(share)
         self.objective = objective
         self.weight = weight
         self.blocks = blocks
@@ -246,12 +253,25 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
             _host.require_visible_gradients(trainer, type(self).__name__)
             if self.share is None:
                 _extras.require("optuna", "bayes")
+            if self.storage is not None and not _from_first(Path(self.storage).absolute().parent.is_dir()):
+                raise ValueError(
+                    f"`storage` must be a file in a folder that is there, but got {self.storage!r}. Make the folder"
+                    " first."
+                )
+            data = _host.data_module_of(trainer)
+            if isinstance(data, ContinualDataModule):
+                self._fixed(data.num_tasks - 1)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hold what earlier tasks own, and check what the end of the task will need."""
         if not self._is_neutral:
             self._hold(pl_module)
-            retraining_batches(trainer)
+            if retraining_batches(trainer) == sys.maxsize and trainer.max_steps != -1:
+                raise MisconfigurationException(
+                    "`AdaptiveCompressionCallback` retrains for whole epochs, but the training data have no length, and"
+                    " may have no end: the fit ends by `max_steps`. Pass `limit_train_batches=` to the Trainer, as a"
+                    " number of batches."
+                )
             if self.monitor is not None:
                 self._score(trainer, self._current_task(trainer), limit=1)
         super().on_train_start(trainer, pl_module)
@@ -328,44 +348,57 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
 
     def _given(self, trainer: L.Trainer, task: int) -> Found:
         """Return what there is without a search: a fixed share, or none where no weights are free."""
-        return Found((self.share or 0.0,) * self.blocks, self._bounds(task)[1], self._score(trainer, task))
+        return Found((self._fixed(task) or 0.0,) * self.blocks, self._bounds(task)[1], self._score(trainer, task))
+
+    def _fixed(self, task: int) -> float | None:
+        """Return the share that was given for a task."""
+        if not isinstance(self.share, list):
+            return self.share
+        if task >= len(self.share):
+            raise ValueError(
+                f"`share` must be one number, or one for each task, but got {len(self.share)} and none for task {task}."
+                " Pass more of them."
+            )
+        return self.share[task]
 
     def _searched(self, trainer: L.Trainer, task: int, parts: Parts) -> Found:
         """Search the task's shares, from where a search was broken off; the first process asks, all try."""
         lows, sizes = self._bounds(task)
         if self._search.get("task") != task:
             self._search = {"task": task, "before": self._score(trainer, task), "trials": []}
-        before, search = self._search["before"], None
-        if trainer.is_global_zero:
-            search = ShareSearch(
-                lows,
-                [max(_MOST, (1 + low) / 2) for low in lows],
-                before=before,
-                tolerance=self.tolerance,
-                objective=self.objective,
-                weight=self.weight,
-                sizes=sizes,
-                higher_is_better=self.higher_is_better,
-                seed=seed_of(self.seed, task, "search") % 2**31,
-                storage=self.storage,
-                name=f"task {task}, {self.monitor}, retrained {self.retrain_epochs}",
-            )
+        before, is_first = self._search["before"], trainer.is_global_zero
+        search = ShareSearch(  # in all processes, so that an error is raised in all; asked and told in the first
+            lows,
+            [max(_MOST, (1 + low) / 2) for low in lows],
+            before=before,
+            tolerance=self.tolerance,
+            objective=self.objective,
+            weight=self.weight,
+            sizes=sizes,
+            higher_is_better=self.higher_is_better,
+            seed=seed_of(self.seed, task, "search") % 2**31,
+            storage=self.storage if is_first else None,
+            name=f"task {task}, {self.monitor}, retrained {self.retrain_epochs}, {_digest(trainer.lightning_module)}",
+        )
+        if is_first:
             for shares, score in self._search["trials"][len(search.trials) :]:
                 search.tell(shares, score)
-        trials = _from_first(search and search.trials)
+        trials = _from_first(search.trials)
         while len(trials) < self.num_trials:
-            shares = _from_first(search and search.ask())
-            title = f"Task {task}, trial {len(trials) + 1} of {self.num_trials}" + (search.summary() if search else "")
+            shares = _from_first(search.ask() if is_first else None)
+            title = f"Task {task}, trial {len(trials) + 1} of {self.num_trials}" + (
+                search.summary() if is_first else ""
+            )
             with self._progress(trainer, task, title) as tick, weights_kept(trainer.lightning_module):
                 self._compress(trainer, task, parts, shares, tick)
                 score = self._score(trainer, task, tick)
-            if search is not None:
+            if is_first:
                 search.tell(shares, score)
             trials = [*trials, Trial(shares, score)]
             self._search = {**self._search, "trials": [[list(one.shares), one.score] for one in trials]}
             raise_if_told_to_stop(trainer)
-        chosen = _from_first(search and search.chosen())
-        if search is not None and (chosen is None or not search.is_feasible(chosen)):
+        chosen = _from_first(search.chosen())
+        if chosen is None or not search.is_feasible(chosen):
             rank_zero_warn(
                 f"No share kept `tolerance={self.tolerance}` in task {task}: {self.monitor} was {before:.4g} before,"
                 f" and {'NaN' if chosen is None else format(chosen.score, '.4g')} at best. Retrain longer"
@@ -378,9 +411,10 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         free, total = self._counts()
         to_come = 0 if self.num_tasks is None else self.num_tasks - 1 - task
         lows = tuple(least_share(n, N, self.floor, to_come) for n, N in zip(free, total, strict=True))
-        if self.share is not None and self.share < max(lows):
+        share = self._fixed(task)
+        if share is not None and share < max(lows):
             raise ValueError(
-                f"`share={self.share}` must be at least {max(lows):.3f} in task {task}, so that each of {to_come} tasks"
+                f"`share={share}` must be at least {max(lows):.3f} in task {task}, so that each of {to_come} tasks"
                 f" to come finds `floor={self.floor}` of the weights. Pass a larger share, or a smaller floor."
             )
         return lows, tuple(map(float, free))
@@ -477,6 +511,12 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         """Put back what `state_dict` returned."""
         super().load_state_dict(state_dict)
         self.packed, self._search = Packed.from_state_dict(state_dict["packed"]), dict(state_dict["search"])
+
+
+def _digest(module: nn.Module) -> str:
+    """Return a few letters that differ for other weights, so that a search in ``storage`` is taken up for the same."""
+    sums = [float(one.detach().float().sum()) for one in module.parameters()]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:8]
 
 
 def _from_first(value: Any) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import csv
 import gc
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_continual import AccuracyMatrixCallback, ContinualDataModule, Task, TaskStream, restore
@@ -168,6 +169,32 @@ def test_the_accuracy_matrix_scores_what_each_task_sees(trainer: Make, norms: An
         assert torch.equal(learnt, learnt[:1].expand_as(learnt))
 
 
+class Centred(Net):
+    """Keeps a running mean of its inputs in a buffer, by which it centres them."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("table", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x - self.mean) * self.table)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.mean.lerp_(batch[0].mean(0), 0.1)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("norms", ["hold", "per-task"])
+def test_buffers_that_training_changes_are_each_tasks_own(trainer: Make, norms: Any, tmp_path: Path) -> None:
+    L.seed_everything(3, verbose=False)
+    module, compression = Centred().double(), packnet(norms=norms)
+    trainer(TaskStream(2), compression, Watch(compression), precision="64-true").fit(module, datamodule=data_of())
+    means, tables = ([compression.packed.copies[task][name] for task in range(3)] for name in ("mean", "table"))
+    assert not torch.equal(means[0], means[1])
+    assert tables[0] is tables[1] is tables[2]
+
+
 def test_heads_of_old_tasks_are_held(trainer: Make) -> None:
     L.seed_everything(3, verbose=False)
     module, compression = Decaying().double(), packnet()
@@ -229,6 +256,55 @@ class Recurrent(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.Adam(self.parameters(), lr=0.02)
+
+
+class UNet(L.LightningModule):
+    """One step down, one up with a skip, and an output layer of which each task has a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.deep, self.up = (self.layer(*sizes) for sizes in ((1, 4), (4, 6), (10, 4)))
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def layer(self, inputs: int, outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.down(x)
+        coarse = nn.functional.interpolate(self.deep(nn.functional.max_pool2d(fine, 2)), scale_factor=2)
+        return self.head(self.up(torch.cat([fine, coarse], 1)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.02)
+
+
+@pytest.mark.parametrize("norms", ["hold", "per-task"])
+def test_segmentation_of_old_tasks_stays_the_same_to_the_bit(trainer: Make, norms: Any) -> None:
+    L.seed_everything(3, verbose=False)
+    images, tasks = torch.randn(12, 1, 6, 6), []
+    for kind in (images > 0, images > 1, images < -1):
+        data = TensorDataset(images, kind[:, 0].long())
+        tasks.append(Task(data, data))
+    module, compression, seen = UNet(), searched(norms=norms, head="head.*", trials=2, num_tasks=3), []
+
+    class Compare(L.Callback):
+        def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
+            for old in range(task + 1):
+                with compression.as_task(pl_module, old), torch.no_grad():
+                    outputs = pl_module(images)
+                seen.extend([outputs] if old == len(seen) else [])
+                assert torch.equal(outputs, seen[old])
+                assert torch.equal(compression.export_task(pl_module, old)(images), seen[old])
+
+    trainer(TaskStream(2), compression, Compare()).fit(module, datamodule=ContinualDataModule(tasks, batch_size=4))
+    assert not torch.equal(seen[0], seen[1])
+    assert set(compression.packed.ownership.owners) == {"down.0.weight", "deep.0.weight", "up.0.weight"}
 
 
 def test_recurrent_layers_are_served(trainer: Make) -> None:
@@ -328,7 +404,7 @@ def retrained_in(monkeypatch: pytest.MonkeyPatch) -> None:
     shuffled = retraining._shuffled
 
     def noted(trainer: Any, seed: str) -> Any:
-        batches = list(shuffled(trainer, seed))
+        batches = list(itertools.islice(shuffled(trainer, seed), 1000))
         RETRAINED.append(batches)
         return batches
 
@@ -367,6 +443,23 @@ def test_pruned_weights_are_zero_until_the_next_task_trains_them(trainer: Make) 
             assert 0 < own <= left - round(0.75 * left)  # those which training left at zero go too
             left -= own
         assert int((owners == 1).sum()) == n - round(0.75 * n)
+
+
+def test_shares_may_be_given_task_by_task(trainer: Make) -> None:
+    """Two thirds, a half, nothing given back: PackNet with equal parts, but for weights that training leaves at 0."""
+    compression = packnet(share=[2 / 3, 1 / 2, 0.0])
+    trainer(TaskStream(2), compression, precision="64-true").fit(net(), datamodule=data_of())
+    assert [one.share for one in compression.packed.found.values()] == [2 / 3, 1 / 2, 0.0]
+    for counts in compression.packed.ownership.counts().values():
+        assert abs(counts[1] - sum(counts) / 3) <= 1
+        assert abs(counts[2] - sum(counts) / 3) <= 1
+        assert counts[3] <= sum(counts) / 3 + 1
+
+
+def test_a_share_that_is_missing_is_named_before_training(trainer: Make) -> None:
+    with pytest.raises(ValueError, match=r"`share` must be one number, or one for each task, but got 2 and none for t"):
+        trainer(TaskStream(1), packnet(share=[0.5, 0.5])).fit(net(), datamodule=data_of())
+    assert not RETRAINED
 
 
 def test_an_owner_takes_one_byte_a_weight(trainer: Make) -> None:
@@ -681,6 +774,29 @@ def test_killed_in_a_search_it_has_the_trials_from_storage(trainer: Make, tmp_pa
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
+class Constant(Net):
+    """Whatever it learns, its score is the same."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_acc", 0.5)
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["the same weights", "other weights"])
+def test_storage_gives_its_trials_to_the_same_weights_only(trainer: Make, tmp_path: Path, other: bool) -> None:
+    for again in (False, True):
+        L.seed_everything(3 + (again and other), verbose=False)
+        module, compression = Constant().double(), searched(storage=str(tmp_path / "searches.db"))
+        RETRAINED.clear()
+        trainer(compression, max_epochs=1, precision="64-true").fit(module, datamodule=data_of())
+        assert len(RETRAINED) == (1 if again and not other else 4)
+        assert len(compression.trials(0)) == 3
+
+
+def test_a_folder_for_storage_that_is_not_there_is_named_before_training(trainer: Make, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`storage` must be a file in a folder that is there, but got '.*nowhere"):
+        trainer(searched(storage=str(tmp_path / "nowhere" / "searches.db"))).fit(net(), datamodule=data_of())
+
+
 def test_a_signal_to_terminate_is_heard_between_two_trials(trainer: Make, tmp_path: Path) -> None:
     compression, module = searched(0.1, trials=4), net()
 
@@ -855,6 +971,7 @@ def test_a_search_takes_no_longer_than_its_trials(trainer: Make, monkeypatch: py
         ({"objective": "both"}, r"`objective` must be 'constrained' or 'scalarised', but got 'both'"),
         ({"norms": "free"}, r"`norms` must be 'hold' or 'per-task', but got 'free'"),
         ({"share": 1.0}, r"`share` must lie in \[0, 1\), but got 1.0"),
+        ({"share": [0.5, -0.1]}, r"`share` must lie in \[0, 1\), but got \[0.5, -0.1\]"),
         ({"monitor": None}, r"`monitor` must name the score to search by, but got None"),
         ({"floor": 0.1}, r"`floor` must lie in \[0, 1 / `num_tasks`\], but got 0.1 with `num_tasks=None`"),
         ({"floor": 0.3, "num_tasks": 4}, r"`floor` must lie in \[0, 1 / `num_tasks`\], but got 0.3"),
@@ -915,6 +1032,21 @@ def test_several_training_loaders_are_refused(trainer: Make) -> None:
     loaders = {name: DataLoader(double_tasks()[0].train, 4) for name in "ab"}
     with pytest.raises(MisconfigurationException, match=r"One `torch\.utils\.data\.DataLoader` is needed"):
         trainer(packnet(), max_epochs=1).fit(net(), loaders)
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.cycle(iter(double_tasks()[0].train))
+
+
+def test_retraining_on_data_without_an_end_is_refused(trainer: Make) -> None:
+    with pytest.raises(MisconfigurationException, match=r"retrains for whole epochs.*Pass `limit_train_batches=`"):
+        trainer(packnet(), max_steps=4, max_epochs=-1).fit(net(), DataLoader(Endless(), 4))
+    module, compression = net(), packnet()
+    trainer(compression, max_steps=4, max_epochs=-1, limit_train_batches=3, precision="64-true").fit(
+        module, DataLoader(Endless(), 4)
+    )
+    assert compression.tasks == [0]
 
 
 def test_a_score_before_that_is_nan_is_named(trainer: Make) -> None:
