@@ -251,6 +251,11 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not self._is_neutral:
             _host.require_visible_gradients(trainer, type(self).__name__)
+            if others := [type(one).__name__ for one in _host.holders(trainer, self)]:
+                raise MisconfigurationException(
+                    "`AdaptiveCompressionCallback` must alone say which weights are pruned and held, but the Trainer"
+                    f" has {others}, too. Use one of them."
+                )
             if self.share is None:
                 _extras.require("optuna", "bayes")
             if self.storage is not None and not _from_first(Path(self.storage).absolute().parent.is_dir()):

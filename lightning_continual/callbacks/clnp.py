@@ -137,9 +137,8 @@ class CLNPCallback(ContinualCallback):
         self.num_tasks = num_tasks
         self.retrain_epochs = retrain_epochs
         self.seed = seed
-        self.learnt = capacity.Learnt()
-        """Which units tasks are in, and how many there are."""
-        self._pin = Pin()
+        self.learnt = capacity.Learnt()  # which units tasks are in, and how many there are
+        self.pin = Pin()
         self._wiring: capacity.Wiring | None = None  # in a fit
         self._thresholds: dict[str, float] = {}
         self._strengths: dict[str, float] = {}
@@ -255,7 +254,7 @@ class CLNPCallback(ContinualCallback):
         if all(one.grad is None for one in parameters.values()):
             return  # `training_step` returned `None`: nothing is to move
         capacity.add_l1_gradient_(parameters, self._strengths, _host.gradient_scale(trainer, optimizer))
-        _host.hold(pl_module, optimizer, self, self._pin)
+        _host.hold(pl_module, optimizer, self, self.pin)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the score, which the end of the task may ask for."""
@@ -264,7 +263,7 @@ class CLNPCallback(ContinualCallback):
     def _hold(self, pl_module: L.LightningModule) -> None:
         """Hold what is active where it now is."""
         active = self.learnt.units
-        self._pin = capacity.pin_of(self._units, dict(pl_module.named_parameters()), active)
+        self.pin = capacity.pin_of(self._units, dict(pl_module.named_parameters()), active)
         self._let_go()
         self._ends = capacity.hold_statistics(pl_module, self._units, active)
 
@@ -294,8 +293,7 @@ class CLNPCallback(ContinualCallback):
         measure = self._activity(trainer, pl_module, task)
         if self.measure == "influence":
             measure = capacity.influence(units, parameters, measure, outputs)
-        always = capacity.untrained_units(pl_module, units)
-        always[outputs] = True
+        always = capacity.untrained_units(pl_module, units).index_fill_(0, outputs, True)
         left = None if self.num_tasks is None else self.num_tasks - task
         choice = capacity.Choice(units, measure, self._thresholds, self.learnt.units, always, left)
         search = self._search(trainer, pl_module, task, choice) if self._is_searched else None
@@ -305,6 +303,7 @@ class CLNPCallback(ContinualCallback):
         capacity.cut_(units, parameters, active)
         if self.retrain_epochs:
             self._retrain(trainer, pl_module, task, active)
+            _host.put_back_others(trainer, self)
         if search is not None:
             if self.retrain_epochs or choice.is_short(common):
                 search["after"] = self._score(trainer, validation_loader(trainer, task, type(self).__name__))
@@ -313,6 +312,7 @@ class CLNPCallback(ContinualCallback):
             ):
                 rank_zero_warn(f"`CLNPCallback` {wrong}")
         capacity.reset_free_(pl_module, units, active, seed=seed_of(self.seed, task, "clnp"))
+        _host.put_back_others(trainer, self)
         self.learnt = self.learnt.after(task, units, kept, outputs.tolist(), search)
         self._hold(pl_module)
         if trainer.is_global_zero:
@@ -356,7 +356,7 @@ class CLNPCallback(ContinualCallback):
     def _retrain(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int, active: Tensor) -> None:
         """Train the weights that the task keeps for some epochs more, without L1; what is cut stays cut."""
         parameters, strengths = dict(pl_module.named_parameters()), self._strengths
-        self._pin |= capacity.pin_of_cut(self._units, parameters, active)
+        self.pin |= capacity.pin_of_cut(self._units, parameters, active)
         self._strengths = {}
         total, seed = self.retrain_epochs * retraining_batches(trainer), seed_of(self.seed, task, "retrain")
         with _host.progress(trainer, total, f"Retraining what task {task} keeps") as tick:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -36,8 +37,6 @@ Scores: TypeAlias = Callable[[Any, Iterable[Any], Parameters], Mapping[str, Tens
 Selector: TypeAlias = WeightSelector | UnitSelector | Scores
 Level: TypeAlias = Literal["parameter", "unit"]
 
-_LEAST_MASKS = 20
-
 
 @dataclass(frozen=True)
 class Evidence:
@@ -70,7 +69,7 @@ class Evidence:
 
     def num_masks(self, groups: Sequence[UnitGroup]) -> int:
         """Return how many masks ``"dropout-damage"`` draws for all units of some groups."""
-        return max(self.masks_per_unit * sum(group.num_units for group in groups), _LEAST_MASKS)
+        return max(self.masks_per_unit * sum(group.num_units for group in groups), 20)
 
 
 def check_selector(selector: Any, *, level: Any, scope: Any, statistic: Any) -> None:
@@ -294,14 +293,14 @@ def prune_weights_(
         evidence: What the selector may look at.
         scope: See `keep_weights`.
         kept: Which weights are left from before, by name; of parameters that are missing, all.
-        held: Which weights may not go, by name; of parameters that are missing, none.
+        held: Which weights may not go, though fewer be removed, by name; of parameters that are missing, none.
 
     Returns:
         One boolean tensor a parameter, true where the weight is kept.
 
     Raises:
         TypeError: See `weight_saliency`.
-        ValueError: See `weight_saliency` and `keep_weights`; if too many may not go. Then nothing is changed.
+        ValueError: See `weight_saliency` and `keep_weights`; then nothing is changed.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -313,11 +312,12 @@ def prune_weights_(
         tensor([[ 0., -4.]])
     """
     saliency, old, held = weight_saliency(selector, module, parameters, evidence), kept or {}, held or {}
-    saliency = {name: s.masked_fill(held[name], torch.inf) if name in held else s for name, s in saliency.items()}
+    saliency |= {name: saliency[name].masked_fill(one, torch.inf) for name, one in held.items() if name in saliency}
     before = {name: old.get(name, torch.ones_like(p, dtype=torch.bool)) for name, p in parameters.items()}
     left = keep_weights(saliency, amount, scope=scope, kept=before)
-    if any(bool((held[name] & ~keep).any()) for name, keep in left.items() if name in held):
-        raise ValueError(f"`amount={amount}` must leave what other callbacks hold, but takes some of it. Lower it.")
+    for name in [name for name, keep in left.items() if name in held and bool((held[name] & ~keep).any())]:
+        warnings.warn(f"`amount={amount}` would take weights that others hold: fewer are pruned.", stacklevel=2)
+        left[name] |= held[name]
     with torch.no_grad():
         for name, keep in left.items():
             parameters[name].masked_fill_(~keep, 0.0)
@@ -381,11 +381,11 @@ def _costs(module: nn.Module, groups: Sequence[UnitGroup], evidence: Evidence) -
     costs = merge_costs(module, groups, evidence.batches(), forward=evidence.outputs)
     if evidence.all_reduce is None:
         return costs
-    number = evidence.all_reduce(torch.ones((), device=next(module.parameters()).device))
+    add = evidence.all_reduce
+    number = add(torch.ones((), device=next(module.parameters()).device))
 
     def mean(values: Tensor) -> Tensor:
-        assert evidence.all_reduce is not None
-        return evidence.all_reduce(values) / number.to(values.device)
+        return add(values) / number.to(values.device)
 
     return [MergeCosts(mean(one.costs), tuple(map(mean, one.alphas)), tuple(map(mean, one.betas))) for one in costs]
 
@@ -394,6 +394,6 @@ def _averaged(saliency: ParamDict, evidence: Evidence) -> ParamDict:
     """Average over processes, each by its number of samples."""
     if evidence.all_reduce is None:
         return saliency
-    add, device = evidence.all_reduce, next(iter(saliency.values())).device
-    total = add(torch.tensor(float(evidence.num_samples), device=device))
+    add = evidence.all_reduce
+    total = add(torch.tensor(float(evidence.num_samples), device=next(iter(saliency.values())).device))
     return {name: add(value * (evidence.num_samples / total).to(value)) for name, value in saliency.items()}

@@ -25,7 +25,15 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_continual import AccuracyMatrixCallback, ContinualDataModule, Task, TaskStream, restore
+from lightning_continual import (
+    AccuracyMatrixCallback,
+    CLNPCallback,
+    ContinualDataModule,
+    PruningCallback,
+    Task,
+    TaskStream,
+    restore,
+)
 from lightning_continual._host import retraining
 from lightning_continual.callbacks import adaptive_compression
 from lightning_continual.callbacks.adaptive_compression import AdaptiveCompressionCallback
@@ -996,6 +1004,12 @@ def test_without_validation_data_it_says_what_to_do(trainer: Make) -> None:
     data = ContinualDataModule(make_tasks(val=False), batch_size=4)
     with pytest.raises(MisconfigurationException, match=r"needs one loader of validation data for task 0.*`share`"):
         trainer(TaskStream(1), searched()).fit(net(), datamodule=data)
+
+
+@pytest.mark.parametrize("other", [PruningCallback(), CLNPCallback()], ids=lambda one: type(one).__name__)
+def test_another_callback_that_prunes_or_holds_is_refused(trainer: Make, other: L.Callback) -> None:
+    with pytest.raises(MisconfigurationException, match=rf"must alone say .* \['{type(other).__name__}'\], too"):
+        trainer(TaskStream(1), packnet(), other).fit(net(), datamodule=data_of())
 
 
 def test_an_unknown_score_is_named_before_training(trainer: Make) -> None:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_continual.callbacks.accuracy_matrix import AccuracyMatrixCallback
 from lightning_continual.callbacks.clnp import CLNPCallback
 from lightning_continual.callbacks.ewc import EWCCallback
+from lightning_continual.callbacks.pruning import PruningCallback
 from lightning_continual.callbacks.rehearsal import RehearsalCallback
 from lightning_continual.data import ContinualDataModule
 from lightning_continual.heads import TaskHead
@@ -237,6 +238,38 @@ def shared(**options: Any) -> CLNPCallback:
     """One that cuts deep, shares the units out among three tasks, and retrains."""
     deep = {"threshold": None, "tolerance": 0.02, "measure": "influence", "num_tasks": 3, "retrain_epochs": 2}
     return clnp(**{**deep, **options})
+
+
+class Zeros(ContinualCallback):
+    """Says at each task's end whether what is pruned is zero."""
+
+    def __init__(self, pruning: PruningCallback) -> None:
+        super().__init__()
+        self.pruning = pruning
+        self.found: list[bool] = []
+
+    def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
+        parameters = dict(pl_module.named_parameters())
+        pinned = self.pruning.pin.pinned
+        self.found.append(not any(bool(parameters[name][zeros].any()) for name, zeros in pinned.items()))
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
+@pytest.mark.parametrize("when", ["task_end", {"every_n_steps": 5}], ids=["at ends", "by steps"])
+@pytest.mark.parametrize("retrains", [False, True], ids=["cut", "retrained"])
+def test_so_they_do_beside_pruning_whose_zeros_stay_zero(
+    trainer: Callable[..., L.Trainer], order: int, when: Any, retrains: bool
+) -> None:
+    L.seed_everything(3, verbose=False)
+    module, method = Network("mlp", "adamw"), shared(threshold=0.05) if retrains else clnp()
+    pruning = PruningCallback("magnitude", 0.2, rounds=3, when=when)
+    logits, zeros = Logits(method), Zeros(pruning)
+    trainer(TaskStream(2), *[method, pruning][::order], zeros, logits).fit(module, datamodule=stream())
+    logits.require_same(module)
+    require_some_of_each(method)
+    assert pruning.rounds_made == 3
+    assert pruning.sparsity == pytest.approx(0.2, abs=0.01)
+    assert zeros.found == [True] * 3
 
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
