@@ -734,6 +734,29 @@ def test_places_are_read_in_order_whatever_makes_the_batches(options: dict[str, 
     assert [len(batch) for batch in batches] == sizes
 
 
+def started(worker: int) -> None:
+    """What each worker of a loader does first."""
+    torch.utils.data.get_worker_info().dataset.dataset.places.add_(100)
+
+
+class Places(torch.utils.data.Dataset[Any]):
+    def __init__(self) -> None:
+        self.places = torch.arange(9)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, place: int) -> Tensor:
+        return self.places[place]
+
+
+def test_workers_that_read_in_order_begin_as_the_loaders_own() -> None:
+    loader = DataLoader(Places(), 2, num_workers=1, worker_init_fn=started, multiprocessing_context="fork")
+    again = _host.in_order(loader, [8, 1])
+    assert [batch.tolist() for batch in again] == [[108, 101]]
+    assert again.multiprocessing_context is loader.multiprocessing_context
+
+
 # --- After a step -----------------------------------------------------------------------------------------------------
 
 

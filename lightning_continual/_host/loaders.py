@@ -95,6 +95,9 @@ def in_order(loader: DataLoader[Any], places: Sequence[int]) -> DataLoader[Any]:
         batch_size=batch_size,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
         generator=torch.Generator(),
     )
 

@@ -32,6 +32,9 @@ def validation_loader(trainer: Any, task: int, who: str) -> Any:
             f"`{who}` needs validation data, but task {task} has none. Pass `val=` to the task, `val_fraction=` to"
             " `ContinualDataModule`, or `threshold=`."
         )
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if trainer.val_dataloaders is None and loop._data_source.is_defined():
+        loop.setup_data()  # as Lightning does when it first validates
     loaders = trainer.val_dataloaders
     loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
     if len(loaders) != 1 or loaders[0] is None:

@@ -772,6 +772,13 @@ def test_nor_without_one_validation_loader(trainer: Callable[..., L.Trainer]) ->
             trainer(clnp(threshold=None), max_epochs=1, limit_val_batches=1.0).fit(Network(), train, loaders)
 
 
+def test_a_loader_is_found_before_lightning_validates_for_the_first_time(trainer: Callable[..., L.Trainer]) -> None:
+    train, val = (DataLoader(one, 12) for one in (images()[0].train, images()[0].val))
+    method = clnp(threshold=None)
+    trainer(method, max_epochs=2, check_val_every_n_epoch=2, num_sanity_val_steps=0).fit(Network(), train, val)
+    assert "before" in method.learnt.searches[0]
+
+
 def test_an_unknown_metric_is_refused(trainer: Callable[..., L.Trainer]) -> None:
     message = r"`CLNPCallback\(monitor='f1'\)` found no such metric; `validation_step` logged \['val_acc'\]"
     fails(trainer, clnp(threshold=None, monitor="f1"), Network(), stream(), MisconfigurationException, message)
