@@ -76,7 +76,10 @@ def test_the_settings_of_the_published_numbers_run(tmp_path: Path, real_data: Pa
     folder = ["--folder", str(real_data), "--seeds", "1"]
     run("reproduce/split_mnist.py", *folder, "--steps", "20", folder=tmp_path)
     run("reproduce/permuted_mnist.py", *folder, "--tasks", "2", "--methods", "ER 200", folder=tmp_path)
+    few = "--tasks", "2", "--epochs", "1", "--methods", "packnet equal parts"
+    run("reproduce/packnet_permuted_mnist.py", *folder, *few, folder=tmp_path)
     split, permuted = read(tmp_path / "split_mnist.csv"), read(tmp_path / "permuted_mnist.csv")
+    assert float(read(tmp_path / "packnet_permuted_mnist.csv")["packnet equal parts"]["mean"]) > 90
     assert set(split) == {"nothing", "empirical"}
     assert float(permuted["ER 200"]["mean"]) > 85
 
@@ -151,7 +154,7 @@ def test_segmentation_forgets_nothing(tmp_path: Path) -> None:
 def test_clnp_learns_permuted_digits_and_forgets_nothing(tmp_path: Path, real_data: Path) -> None:
     pytest.importorskip("torchvision")
     pytest.importorskip("torch_pruning")
-    options = "--tasks", "2", "--width", "100", "--epochs", "1", "--tolerance", "0.01"
+    options = "--tasks", "2", "--width", "100", "--epochs", "2", "--tolerance", "0.01"
     printed = run("clnp_permuted_mnist.py", "--folder", str(real_data), *options, folder=tmp_path)
     assert "tasks whose logits have changed since: 0" in printed
     assert float(read(tmp_path / "clnp" / "clnp.csv")["clnp"]["mean"]) > 60
