@@ -13,6 +13,9 @@ from torch.nn.functional import pad
 
 from lightning_continual.parameters import ParamDict, is_sharded, sharded_like, whole
 
+_LARGE = 2**14
+"""Elements of a parameter, above which it pays to write some of its rows by themselves."""
+
 
 @dataclass(frozen=True)
 class QuadraticPenalty:
@@ -227,7 +230,9 @@ class Pin:
         """Set the gradients of what is held to zero, in place; parameters without gradient stay without."""
         names = [name for name in self.pinned if name in parameters and parameters[name].grad is not None]
         with torch.no_grad():
-            for group in _groups(names, parameters):
+            for name in [name for name in names if name in self._rows]:
+                _dense_gradient(parameters[name]).index_fill_(0, self._rows[name][0], 0.0)
+            for group in _groups([name for name in names if name not in self._rows], parameters):
                 grads = [_dense_gradient(parameters[name]) for name in group]
                 torch._foreach_mul_(grads, [self._free[name] for name in group])
 
@@ -235,7 +240,9 @@ class Pin:
         """Set what is held to its values, in place. The rest must be finite."""
         names = [name for name in self.pinned if name in parameters]
         with torch.no_grad():
-            for group in _groups(names, parameters):
+            for name in [name for name in names if name in self._rows]:
+                parameters[name].detach().index_copy_(0, *self._rows[name])
+            for group in _groups([name for name in names if name not in self._rows], parameters):
                 weights = [parameters[name].detach() for name in group]
                 # Several times faster than `where`, and as exact: a product with 1 and a sum with 0.
                 torch._foreach_mul_(weights, [self._free[name] for name in group])
@@ -245,9 +252,22 @@ class Pin:
                     torch._foreach_add_([weights[number] for number in held], values)
 
     @cached_property
+    def _rows(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of large parameters that are held by whole rows: which rows, and what they are. They alone are written."""
+        found = {}
+        for name, one in self.pinned.items():
+            if one.ndim > 1 and one.numel() >= _LARGE:
+                held = one.flatten(1).any(1)
+                if torch.equal(held, one.flatten(1).all(1)):
+                    index = held.nonzero().flatten()
+                    found[name] = index, self.values[name][index]
+        return found
+
+    @cached_property
     def _free(self) -> ParamDict:
         """1 where nothing is held, in the type of the weights."""
-        return {name: (~one).to(self.values[name].dtype) for name, one in self.pinned.items()}
+        masks = {name: one for name, one in self.pinned.items() if name not in self._rows}
+        return {name: (~one).to(self.values[name].dtype) for name, one in masks.items()}
 
     @cached_property
     def _is_elsewhere(self) -> dict[str, bool]:

@@ -224,6 +224,22 @@ def test_what_is_pinned_stays_to_the_bit_and_the_rest_is_trained(model: nn.Modul
         assert not (p[~held] == before[name][~held]).any()
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_large_parameters_are_held_by_rows_as_by_elements(share: float) -> None:
+    model = nn.Linear(200, 100, dtype=torch.float64)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    rows = torch.rand(100, generator=torch.Generator().manual_seed(0)) < share
+    pin = Pin.at(parameters_of(model), {"weight": rows[:, None].expand(100, 200), "bias": rows})
+    for p in model.parameters():
+        p.grad, p.data = torch.ones_like(p), torch.full_like(p, torch.nan)  # as where a step has diverged
+    pin.mask_gradients_({"weight": model.weight})
+    pin.put_back_({"weight": model.weight})
+    assert torch.equal(model.weight[rows], before["weight"][rows])
+    assert bool(model.weight[~rows].isnan().all())
+    assert torch.equal(model.weight.grad == 0, rows[:, None].expand(100, 200))
+    assert bool(model.bias.grad.all())
+
+
 def test_a_pin_at_zero_holds_zeros(model: nn.Module) -> None:
     pinned = {"0.weight": torch.eye(4, 3) > 0}
     Pin(pinned, {"0.weight": torch.zeros(4, 3, dtype=torch.float64)}).put_back_(parameters_of(model))
