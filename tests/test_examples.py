@@ -117,7 +117,7 @@ def test_the_comparison_runs_on_fashion_mnist(tmp_path: Path, real_data: Path) -
     for package in ("torchvision", "matplotlib", "torch_pruning", "torchao"):
         pytest.importorskip(package)
     folder = ["--data", "fashion", "--folder", str(real_data)]
-    grid = "--selector", "magnitude", "--amount", "0.75", "--level", "unit", "--epochs", "1", "--net", "cnn-norm"
+    grid = "--selector", "magnitude", "--amount", "0.75", "--level", "unit", "--epochs", "1"
     printed = run("compress_model.py", *folder, *grid, "--scratch", "0", folder=tmp_path)
     assert "magnitude, 75 % of units, fine-tuned" in printed
 
