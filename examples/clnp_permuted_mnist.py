@@ -7,8 +7,8 @@ MLP 784-2000-2000-10, ReLU, Adam, batches of 256, a head for each task. Publishe
 once more after the cut. Written are the accuracy on each task, the units that each task needs, and a figure of them;
 the logits of each task at the end are compared, bit by bit, with those right after its own training.
 
-With 400 units a layer, 10 epochs a task and one seed (--width 400 --epochs 10 --retrain-epochs 5 --lr 5e-3): CLNP 97.72,
-EWC 91.07 with --strength 100 and 96.55 with 1000.
+With 400 units a layer, 10 epochs a task and one seed (--width 400 --epochs 10 --retrain-epochs 5 --lr 5e-3): CLNP
+97.72, EWC 91.07 with --strength 100 and 96.55 with 1000.
 """
 
 from __future__ import annotations
