@@ -8,7 +8,7 @@ once more after the cut. Written are the accuracy on each task, the units that e
 the logits of each task at the end are compared, bit by bit, with those right after its own training.
 
 With 400 units a layer, 10 epochs a task and one seed (--width 400 --epochs 10 --retrain-epochs 5 --lr 5e-3): CLNP
-97.72, EWC 91.07 with --strength 100 and 96.55 with 1000.
+97.72, EWC 91.07, 96.55 and 96.79 with --strength 100, 1000 and 3000.
 """
 
 from __future__ import annotations
