@@ -205,7 +205,8 @@ def old_and_new(images: Tensor, labels: Tensor, degrees: float, seed: int) -> li
 
 
 def accuracy(model: nn.Module, task: Task) -> float:
-    x, y = task.test.tensors  # type: ignore[union-attr]
+    assert isinstance(task.test, TensorDataset)
+    x, y = task.test.tensors
     model.eval()
     with torch.no_grad():
         found = torch.cat([model(part).argmax(1) for part in x.split(500)])

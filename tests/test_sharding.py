@@ -132,7 +132,8 @@ def test_a_module_without_shards_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "sharded", "message"),
     [
-        ("ModelParallelStrategy", {"_tensor_parallel_size": 2}, True, "Leave `tensor_parallel_size` at 1"),
+        ("ModelParallelStrategy", {"_tensor_parallel_size": 2}, True, "Pass `tensor_parallel_size=1`"),
+        ("ModelParallelStrategy", {"_tensor_parallel_size": "auto"}, True, "Pass `tensor_parallel_size=1`"),
         ("ModelParallelStrategy", {"_tensor_parallel_size": 1}, False, "Use 'ddp', or one device"),
         ("FSDPStrategy", {}, True, r"Use `ModelParallelStrategy` \(FSDP2\), 'ddp'"),
         ("DeepSpeedStrategy", {}, True, "Use 'ddp', or one device"),

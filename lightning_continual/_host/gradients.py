@@ -23,9 +23,9 @@ def require_visible_gradients(trainer: Any, who: str, *, sharded: bool = False) 
     strategy, remedy = trainer.strategy, "Use 'ddp', or one device."
     name = type(strategy).__name__
     if name == "ModelParallelStrategy" and sharded:
-        if strategy._tensor_parallel_size in (1, "auto"):
+        if strategy._tensor_parallel_size == 1:  # by now a number: "auto" is all devices of a node
             return
-        remedy = "Leave `tensor_parallel_size` at 1, or use 'ddp'."
+        remedy = "Pass `tensor_parallel_size=1`, or use 'ddp'."
     if name in ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"):
         remedy = "Use `ModelParallelStrategy` (FSDP2), 'ddp', or one device." if sharded and "FSDPS" in name else remedy
         raise MisconfigurationException(

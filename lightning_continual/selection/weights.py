@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as L
@@ -179,7 +180,7 @@ class WeightSelection:
         for name in self.arms.resting_norms(self._played):
             if modules[name].training:
                 modules[name].training = False
-                self._woken.append(lambda one=modules[name]: setattr(one, "training", True))  # type: ignore[misc]
+                self._woken.append(partial(setattr, modules[name], "training", True))
         if self.cuts_backward:
             self._freeze()
         return has_learnt

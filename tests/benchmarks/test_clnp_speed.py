@@ -10,8 +10,8 @@ import lightning.pytorch as L
 import pytest
 import torch
 import torch.nn.functional as F
+from timing import seconds
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from lightning_continual import capacity
 from lightning_continual.callbacks.clnp import CLNPCallback
@@ -96,17 +96,6 @@ def norms_of(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return run
 
 
-def seconds(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Least seconds of each function, measured in turn, so that a disturbance meets all of them."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in range(repeats):
-        for name, run in runs.items():
-            times[name].append(Timer("run()", globals={"run": run}, num_threads=1).timeit(1).median)
-    return {name: min(values) for name, values in times.items()}
-
-
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "MLP 2x400, 256": (mlp, (256, 784), 300),
     "ResNet, 32 of 3x32x32": (resnet, (32, 3, 32, 32), 20),
@@ -139,7 +128,7 @@ def test_l1_what_is_held_and_batch_norms_cost_little_of_a_step(
             function(moved, (), {})
 
     runs = {"step": step, "hook": hook, "norms": norms_of(bare, x), "held norms": norms_of(model, x)}
-    times = seconds(runs, repeats)
+    times = seconds(runs, repeats, of=min)
     of_hook, of_norms = times["hook"] / times["step"], (times["held norms"] - times["norms"]) / times["step"]
     print(f"step {times['step'] * 1e3:.2f} ms, L1 and pin {of_hook:+.1%}, batch norms {of_norms:+.1%} of it")
     assert of_hook + of_norms <= 0.05

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from timing import seconds
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from lightning_continual.callbacks import EWCCallback
 from lightning_continual.constraints import QuadraticPenalty
@@ -39,17 +38,6 @@ def hook_of(model: nn.Module, num_tasks: int) -> Callable[[], Any]:
     trainer: Any = SimpleNamespace(precision_plugin=None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return lambda: ewc.on_before_optimizer_step(trainer, model, optimizer)  # type: ignore[arg-type]
-
-
-def seconds(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each function, measured in turn, so that a disturbance meets all of them."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in range(repeats):
-        for name, run in runs.items():
-            times[name].append(Timer("run()", globals={"run": run}, num_threads=1).timeit(1).median)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def test_twenty_tasks_cost_what_one_costs(model: nn.Module) -> None:

@@ -1,12 +1,10 @@
 """What importance costs, against ordinary training passes over the same samples in the same run."""
 
-import statistics
-
 import pytest
 import torch
 import torch.nn.functional as F
+from timing import seconds
 from torch import nn
-from torch.utils.benchmark import Timer
 from torch.utils.data import Dataset
 
 from lightning_continual.importance import empirical_fisher, exact_fisher
@@ -53,17 +51,6 @@ def empirical(model, x, y, size):
 
 def exact(model, x, y, size):
     return exact_fisher(model, x.split(size))
-
-
-def seconds(runs, repeats):
-    """Median seconds of each function, measured in turn, so that a disturbance meets all of them."""
-    times = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in range(repeats):
-        for name, run in runs.items():
-            times[name].append(Timer("run()", globals={"run": run}, num_threads=1).timeit(1).median)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 @pytest.mark.parametrize(

@@ -2,24 +2,13 @@
 
 import pytest
 import torch
-from torch.utils.benchmark import Timer
+from timing import seconds
 from torchvision.models import resnet18
 
 from lightning_continual.compression.surgery import compact
 from lightning_continual.compression.units import unit_groups
 
 pytestmark = pytest.mark.benchmark
-
-
-def seconds(runs, repeats):
-    """Fewest seconds of each function, measured in turn: what else the machine does only adds to them."""
-    times = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in range(repeats):
-        for name, run in runs.items():
-            times[name].append(Timer("run()", globals={"run": run}, num_threads=1).timeit(1).median)
-    return {name: min(values) for name, values in times.items()}
 
 
 def halved(model, x):
@@ -38,7 +27,7 @@ def test_half_of_the_units_cost_much_less_than_half(pixels, tmp_path):
         torch.save(one.state_dict(), tmp_path / name)
         sizes[name] = (tmp_path / name).stat().st_size
     with torch.no_grad():
-        times = seconds({name: lambda one=one: one(x) for name, one in models.items()}, repeats=9)
+        times = seconds({name: lambda one=one: one(x) for name, one in models.items()}, repeats=9, of=min)
     faster, size = times["whole"] / times["half"], sizes["half"] / sizes["whole"]
     print(f"{pixels}x{pixels}: {faster:.2f} times faster, {size:.3f} of the bytes")
     assert faster >= 1.8
@@ -47,6 +36,6 @@ def test_half_of_the_units_cost_much_less_than_half(pixels, tmp_path):
 
 def test_finding_and_removing_units_takes_seconds():
     model, x = resnet18(weights=None), torch.randn(2, 3, 64, 64)
-    forward = seconds({"forward": lambda: model(x), "compact": lambda: halved(model, x)}, repeats=3)
+    forward = seconds({"forward": lambda: model(x), "compact": lambda: halved(model, x)}, repeats=3, of=min)
     print(f"finding and removing units takes as long as {forward['compact'] / forward['forward']:.0f} forward passes")
     assert forward["compact"] <= 60 * forward["forward"]
