@@ -35,6 +35,14 @@ from lightning_continual import AdaptiveCompressionCallback, ContinualDataModule
 # Classes of CamVid: 0 sky, 1 building, 2 pole, 3 road, 4 pavement, 5 tree, 6 sign, 7 fence, 8 car, 9 pedestrian,
 # 10 cyclist, 11 unlabelled.
 STREET = {"far": [0, 1, 5], "ground": [3, 4, 7], "vehicles": [8, 9, 10]}
+EVERYTHING = list(range(11))
+# The drives of CamVid, as they lie in the parts of the file: the first at dusk, the others by day.
+DRIVES = {
+    "0001TP": [("train", 0, 62), ("test", 0, 62)],
+    "0006R0": [("train", 62, 163)],
+    "0016E5": [("train", 163, 367), ("val", 0, 101)],
+    "Seq05VD": [("test", 62, 233)],
+}
 SHAPES = {"disc": [1], "square": [2], "bars": [3]}
 
 
@@ -104,32 +112,60 @@ def shapes(number: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
     return images + 0.3 * torch.randn(images.shape, generator=generator), labels
 
 
-def load(options: argparse.Namespace) -> tuple[dict[str, list[int]], list[tuple[Tensor, Tensor]], int]:
-    """Return the classes of each task, images and labels of training, validation and test, and what is unlabelled."""
-    if options.folder is None:
-        return SHAPES, [shapes(number, seed) for seed, number in enumerate((160, 60, 60))], -1
+def street_scenes(options: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return images and labels, by part of the data set."""
     arrays = np.load(options.folder / "camvid_120x90.npz")
-    parts = []
+    parts = {}
     for name in ("train", "val", "test"):
-        x = torch.from_numpy(arrays[f"{name}_x"][: options.images]).float().movedim(-1, 1) / 255
+        x = torch.from_numpy(arrays[f"{name}_x"]).float().movedim(-1, 1) / 255
         x = nn.functional.interpolate(x, scale_factor=options.scale, mode="area")
-        y = torch.from_numpy(arrays[f"{name}_y"][: options.images]).long()[:, None].float()
-        parts.append((x - 0.5, nn.functional.interpolate(y, x.shape[-2:], mode="nearest")[:, 0].long()))
-    return STREET, parts, 11
+        y = torch.from_numpy(arrays[f"{name}_y"]).long()[:, None].float()
+        parts[name] = x - 0.5, nn.functional.interpolate(y, x.shape[-2:], mode="nearest")[:, 0].long()
+    return parts
+
+
+def groups_of_classes(
+    parts: list[tuple[Tensor, Tensor]], groups: dict[str, list[int]], unlabelled: int, most: int | None
+) -> list[Task]:
+    return [
+        Task(*(TensorDataset(x[:most], of_task(y[:most], classes, unlabelled)) for x, y in parts), name=name)
+        for name, classes in groups.items()
+    ]
+
+
+def sequences(parts: dict[str, tuple[Tensor, Tensor]], most: int | None) -> list[Task]:
+    """Make a task of each drive; of its frames the last quarter is for the test, 15 % before it for validation."""
+    tasks = []
+    for name, places in DRIVES.items():
+        x = torch.cat([parts[part][0][first:last] for part, first, last in places])[:most]
+        y = of_task(torch.cat([parts[part][1][first:last] for part, first, last in places])[:most], EVERYTHING, 11)
+        sizes = [len(x) - len(x) * 2 // 5, len(x) * 2 // 5 - len(x) // 4, len(x) // 4]
+        split = zip(x.split(sizes), y.split(sizes), strict=True)
+        tasks.append(Task(*(TensorDataset(*one) for one in split), name=name))
+    return tasks
+
+
+def load(options: argparse.Namespace) -> list[Task]:
+    if options.folder is None:
+        return groups_of_classes([shapes(n, seed) for seed, n in enumerate((160, 60, 60))], SHAPES, -1, options.images)
+    parts = street_scenes(options)
+    if options.tasks == "drives":
+        return sequences(parts, options.images)
+    return groups_of_classes(list(parts.values()), STREET, 11, options.images)
 
 
 class Seen(L.Callback):
     """Keeps what each task predicts when it has been learnt."""
 
-    def __init__(self, compression: AdaptiveCompressionCallback, images: Tensor) -> None:
+    def __init__(self, compression: AdaptiveCompressionCallback, tasks: list[Task]) -> None:
         self.compression = compression
-        self.images = images
+        self.images = [one.test.tensors[0][:20] for one in tasks]
         self.outputs: list[Tensor] = []
 
     @torch.no_grad()
     def of(self, model: nn.Module, task: int) -> Tensor:
         with self.compression.as_task(model, task):
-            return torch.cat([model(batch) for batch in self.images.split(20)])
+            return model(self.images[task])
 
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
         self.outputs.append(self.of(pl_module, task))
@@ -175,19 +211,23 @@ def miou(predicted: Tensor, labels: Tensor, num_outputs: int) -> float:
     return statistics.mean(scores)
 
 
-def picture(images: Tensor, labels: list[Tensor], predicted: list[Tensor], names: list[str], path: Path) -> None:
-    figure = matplotlib.figure.Figure((2 + 4.4 * len(names), 2 * len(images)), layout="compressed")
-    axes = figure.subplots(len(images), 1 + 2 * len(names), squeeze=False)
-    for row, image in enumerate(images):
-        shown = [((image - image.min()) / (image.max() - image.min())).movedim(0, -1)]
-        for truth, found in zip(labels, predicted, strict=True):
-            shown += [truth[row].where(truth[row] != 255, 0), found[row]]
-        for ax, one in zip(axes[row], shown, strict=True):
-            ax.imshow(one, cmap="cividis", vmin=0, vmax=None if one.ndim == 3 else 3, interpolation="nearest")
-            ax.set_axis_off()
-    titles = ["image", *(f"{name}: {kind}" for name in names for kind in ("labels", "predicted"))]
-    for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title)
+def picture(tasks: list[Task], predicted: list[Tensor], path: Path) -> None:
+    """Draw for each task three test images, their labels, and what the network of all tasks predicts."""
+    most = max(int(one.where(one != 255, 0).max()) for task in tasks for one in [task.test.tensors[1]])
+    figure = matplotlib.figure.Figure((3 * 2.2 * len(tasks), 5.2), layout="compressed")
+    axes = figure.subplots(3, 3 * len(tasks))
+    for number, (task, found) in enumerate(zip(tasks, predicted, strict=True)):
+        images, labels = task.test.tensors
+        columns = axes[:, 3 * number : 3 * number + 3]
+        for row, place in zip(columns, range(0, len(images), -(-len(images) // 3)), strict=True):
+            image, known = images[place], labels[place] != 255
+            row[0].imshow(((image - image.min()) / (image.max() - image.min())).movedim(0, -1))
+            for ax, one in zip(row[1:], (labels[place].where(known, 0), found[place]), strict=True):
+                ax.imshow(one, cmap="tab20", vmin=0, vmax=most, interpolation="nearest")
+        for ax, kind in zip(columns[0], ("image", "labels", "predicted"), strict=True):
+            ax.set_title(f"{task.name}: {kind}")
+    for ax in axes.flat:
+        ax.set_axis_off()
     figure.savefig(path)
 
 
@@ -196,14 +236,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), error
 
 
-def run(
-    tasks: list[Task],
-    labels: dict[str, list[Tensor]],
-    test: tuple[Tensor, Tensor],
-    num_outputs: int,
-    seed: int,
-    options: argparse.Namespace,
-) -> list[tuple[float, float, float]]:
+def run(tasks: list[Task], num_outputs: int, seed: int, options: argparse.Namespace) -> list[tuple[float, ...]]:
     """Return for each task its score in the network of all, in one of its own, and what it gave back."""
     compression = AdaptiveCompressionCallback(
         options.tolerance,
@@ -213,34 +246,27 @@ def run(
         num_tasks=len(tasks),
         floor=options.floor,
         norms="per-task",
+        restart=options.restart,
         head="head.*",
         seed=seed,
     )
-    images, found, rows = test[0], [], []
-    seen = Seen(compression, images[:20])
+    seen = Seen(compression, tasks)
     model = fit(tasks, num_outputs, options.epochs, [compression, seen], seed, options)
     changed = sum(not torch.equal(before, seen.of(model, task)) for task, before in enumerate(seen.outputs))
-    for number, (one, own) in enumerate(zip(tasks, labels.values(), strict=True)):
+    found, rows = [], []
+    for number, one in enumerate(tasks):
+        images, labels = one.test.tensors
         with compression.as_task(model, number):
             found.append(predictions(model, images))
         alone = fit([one], num_outputs, options.epochs + options.retrain, [], seed, options).eval()
-        scores = [miou(predicted, own[2], num_outputs) for predicted in (found[-1], predictions(alone, images))]
-        rows.append((scores[0], scores[1], compression.packed.found[number].share))
+        scores = [miou(predicted, labels, num_outputs) for predicted in (found[-1], predictions(alone, images))]
+        rows.append((*scores, compression.packed.found[number].share))
     used = 1 - compression.packed.free_share
     print(f"seed {seed}: {100 * used:.0f} % of one network used; tasks whose outputs have changed since: {changed}")
-    print(
-        "   ",
-        ", ".join(
-            f"{one.name} {100 * a:.1f} (alone {100 * b:.1f})" for one, (a, b, _) in zip(tasks, rows, strict=True)
-        ),
-        flush=True,
-    )
+    texts = [f"{one.name} {100 * a:.1f} (alone {100 * b:.1f})" for one, (a, b, _) in zip(tasks, rows, strict=True)]
+    print("   ", ", ".join(texts), flush=True)
     if seed == 0:
-        shown = slice(None, None, max(1, len(images) // 3))
-        truth, predicted = (
-            [one[shown][:3] for one in values] for values in ([own[2] for own in labels.values()], found)
-        )
-        picture(images[shown][:3], truth, predicted, list(labels), options.output / "predictions.png")
+        picture(tasks, found, options.output / "predictions.png")
         compression.plot_capacity().savefig(options.output / "capacity.png")
         compression.plot_scores().savefig(options.output / "scores.png")
     return rows
@@ -249,6 +275,7 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where camvid_120x90.npz lies")
+    parser.add_argument("--tasks", choices=["classes", "drives"], default="classes", help="of the street scenes")
     parser.add_argument("--output", type=Path, default=Path("segmentation"), help="where table and figures go")
     parser.add_argument("--images", type=int, default=None, help="so many images of each part, for a quick run")
     parser.add_argument("--scale", type=float, default=0.5, help="of the street scenes")
@@ -260,6 +287,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--floor", type=float, help="of the weights for each task to come")
+    parser.add_argument("--restart", choices=["zero", "drawn"], default="drawn", help="of free weights")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--progress", action="store_true")
     options = parser.parse_args()
@@ -267,27 +295,25 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     options.output.mkdir(parents=True, exist_ok=True)
 
-    groups, parts, unlabelled = load(options)
-    num_outputs = 1 + max(map(len, groups.values()))
-    labels = {name: [of_task(y, classes, unlabelled) for _, y in parts] for name, classes in groups.items()}
-    tasks = [
-        Task(*(TensorDataset(x, y) for (x, _), y in zip(parts, own, strict=True)), name=name)
-        for name, own in labels.items()
-    ]
-    rows = [run(tasks, labels, parts[2], num_outputs, seed, options) for seed in range(options.seeds)]
+    tasks = load(options)
+    num_outputs = 1 + max(int(y[y != 255].max()) for one in tasks for y in [one.train.tensors[1]])
+    rows = [run(tasks, num_outputs, seed, options) for seed in range(options.seeds)]
+    names = [one.name for one in tasks]
     with (options.output / "table.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["task", "miou", "error", "alone", "error_alone", "gap", "error_gap", "share"])
-        for place, name in enumerate([*labels, "mean"]):
+        for place, name in enumerate([*names, "mean"]):
             together, alone, shares = (
-                [row[place][column] if name in labels else statistics.mean(one[column] for one in row) for row in rows]
+                [row[place][column] if name in names else statistics.mean(one[column] for one in row) for row in rows]
                 for column in range(3)
             )
             gaps = [b - a for a, b in zip(together, alone, strict=True)]
             columns = [mean_and_error(one) for one in (together, alone, gaps)]
-            if name in labels:
+            if name in names:
                 writer.writerow([name, *(value for column in columns for value in column), statistics.mean(shares)])
-            texts = [f"{100 * mean:5.1f} ± {100 * error:.1f}" for mean, error in columns]
+            texts = [
+                f"{100 * mean:5.1f}" + ("" if math.isnan(error) else f" ± {100 * error:.1f}") for mean, error in columns
+            ]
             print(
                 f"{name:<10} mIoU {texts[0]}, alone {texts[1]}, gap {texts[2]}, gave back {statistics.mean(shares):.3f}"
             )

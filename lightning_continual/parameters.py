@@ -1,11 +1,12 @@
-"""Parameters by name, whole or sharded, and a module's evaluation mode for a while."""
+"""Parameters by name, whole or sharded, drawn anew, and a module's evaluation mode for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 ParamDict: TypeAlias = dict[str, Tensor]
@@ -46,6 +47,58 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
 
     assert isinstance(like, DTensor)
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def redraw_(module: nn.Module, places: Mapping[str, Tensor], *, seed: int) -> None:
+    """Draw entries of parameters and buffers anew, in place, as their layers do it (``reset_parameters``).
+
+    All else stays, to the bit; so do the layers that cannot do it, see `not_redrawn`.
+
+    Args:
+        module: Any module.
+        places: Which entries: bool, by the names of parameters and buffers.
+        seed: Of the draw; the global random state is left alone.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> before = layer.weight.detach().clone()
+        >>> redraw_(layer, {"weight": torch.tensor([[True, False]])}, seed=0)
+        >>> layer.weight == before
+        tensor([[False,  True]])
+    """
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    devices = sorted({one.device.index for one in tensors.values() if one.device.type == "cuda"})
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for prefix in dict.fromkeys(name.rpartition(".")[0] for name in places):
+            layer = module.get_submodule(prefix)
+            if (reset := _reset_of(layer)) is None:
+                continue
+            own = {f"{prefix}.{name}".lstrip("."): one for name, one in _tensors_of(layer)}
+            saved = {name: one.detach().clone() for name, one in own.items()}
+            reset()
+            for name, one in own.items():
+                one.copy_(torch.where(places[name], one, saved[name]) if name in places else saved[name])
+
+
+def not_redrawn(module: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the names of the layers of parameters that cannot draw them anew.
+
+    Example:
+        >>> not_redrawn(nn.Sequential(nn.Linear(1, 1), nn.PReLU()), ["0.weight", "1.weight"])
+        []
+    """
+    layers = dict.fromkeys(name.rpartition(".")[0] for name in names)
+    return [name for name in layers if _reset_of(module.get_submodule(name)) is None]
+
+
+def _reset_of(layer: nn.Module) -> Callable[[], None] | None:
+    # Attention layers of torch have the latter.
+    return getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
+
+
+def _tensors_of(layer: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*layer.named_parameters(), *layer.named_buffers()]
 
 
 @contextmanager

@@ -84,11 +84,15 @@ class ContinualCallback(FollowsLoaders):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the user's objects as they were."""
         super().teardown(trainer, pl_module, stage)
-        _host.release(self)
+        self._leave()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Leave the user's objects as they were: Lightning does not call `teardown` after an exception."""
         super().on_exception(trainer, pl_module, exception)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Take away all that was put on the user's objects; subclasses that put something there themselves add it."""
         _host.release(self)
 
     def state_dict(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ GLUE = ("stream", "data", "callbacks", "selection", "comparison", "_host", "cli"
 LONG = {
     "callbacks/adaptive_compression.py": "the search at the boundary beside what a task sees, behind one constructor",
     "callbacks/bandit_selection.py": "both selections behind one constructor, whose every argument is documented",
+    "callbacks/clnp.py": "one constructor, whose every argument is documented, and what is done when",
     "memory/memory.py": "drawing, shares of processes and state, each with its docstring",
     "metrics.py": "one formula a function, each with its docstring; and the metric that collects the matrix",
     "stream.py": "the boundary and both ways to reach it",

@@ -151,6 +151,15 @@ def test_segmentation_forgets_nothing(tmp_path: Path) -> None:
         assert (tmp_path / "segmentation" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_segmentation_of_drives_one_after_the_other(tmp_path: Path, real_data: Path) -> None:
+    for extra in ("matplotlib", "optuna"):
+        pytest.importorskip(extra)
+    few = "--images", "12", "--trials", "1", "--epochs", "1", "--retrain", "1", "--width", "4"
+    run("adaptive_segmentation.py", "--folder", str(real_data), "--tasks", "drives", *few, folder=tmp_path)
+    with (tmp_path / "segmentation" / "table.csv").open() as file:
+        assert [row["task"] for row in csv.DictReader(file)] == ["0001TP", "0006R0", "0016E5", "Seq05VD"]
+
+
 def test_clnp_learns_permuted_digits_and_forgets_nothing(tmp_path: Path, real_data: Path) -> None:
     pytest.importorskip("torchvision")
     pytest.importorskip("torch_pruning")

@@ -40,7 +40,7 @@ from lightning_continual.ownership import (
     prune_,
 )
 from lightning_continual.packed import Packed
-from lightning_continual.parameters import ParamDict
+from lightning_continual.parameters import ParamDict, not_redrawn, redraw_
 from lightning_continual.report.ownership import capacity_figure, scores_figure, search_figure
 from lightning_continual.search import Found, Objective, ShareSearch, Trial
 from lightning_continual.stream import ContinualCallback
@@ -99,6 +99,8 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
             [0, 1 / ``num_tasks``]; by default half of an equal part.
         higher_is_better: False where ``monitor`` is a loss or an error.
         norms: ``"hold"`` or ``"per-task"``: what becomes of all that is trained but has no owners.
+        restart: From where free weights start into a task after the first: ``"zero"``, as the papers have it, or
+            ``"drawn"``, anew as their layers draw them (our reading).
         storage: A file for the SQLite database of all searches, which optuna's dashboard shows.
         seed: Of the searches and of retraining.
         parameters: Patterns of the weights to prune, as ``"backbone.*"``; an empty list does nothing at all.
@@ -136,6 +138,7 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         floor: float | None = None,
         higher_is_better: bool = True,
         norms: Literal["hold", "per-task"] = "hold",
+        restart: Literal["zero", "drawn"] = "zero",
         storage: str | None = None,
         seed: int = 0,
         parameters: str | Sequence[str] = "*",
@@ -157,6 +160,8 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
             raise ValueError(f"`objective` must be 'constrained' or 'scalarised', but got {objective!r}.")
         if norms not in ("hold", "per-task"):
             raise ValueError(f"`norms` must be 'hold' or 'per-task', but got {norms!r}.")
+        if restart not in ("zero", "drawn"):
+            raise ValueError(f"`restart` must be 'zero' or 'drawn', but got {restart!r}.")
         if share is not None and not all(
             0 <= one < 1 for one in ([share] if isinstance(share, int | float) else share)
         ):
@@ -182,6 +187,7 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         self.floor = (0.0 if num_tasks is None else 0.5 / num_tasks) if floor is None else floor
         self.higher_is_better = higher_is_better
         self.norms = norms
+        self.restart = restart
         self.storage = storage
         self.seed = seed
         self.parameters = [parameters] if isinstance(parameters, str) else list(parameters)
@@ -190,6 +196,8 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         """What is known: whose the weights are, what each task has for itself, what was found."""
         self._search: dict[str, Any] = {}  # that is not at its end
         self._pin = Pin()
+        self._statistics = Pin()  # of the norms that are held
+        self._is_compressed = False  # the module, and nothing has been trained since
         self._modes: list[tuple[nn.Module, bool]] = []  # of norms, in a batch
         self._norms: list[nn.Module] = []  # whose statistics are held, in a fit
 
@@ -270,7 +278,12 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hold what earlier tasks own, and check what the end of the task will need."""
         if not self._is_neutral:
-            self._hold(pl_module)
+            weights = self._hold(pl_module).weights
+            if self.restart == "drawn" and (layers := not_redrawn(pl_module, weights)):
+                raise ValueError(
+                    f"`restart='drawn'` must have layers with a `reset_parameters`, but {layers} have none. Pass"
+                    " 'zero', or leave their weights out of `parameters`."
+                )
             if retraining_batches(trainer) == sys.maxsize and trainer.max_steps != -1:
                 raise MisconfigurationException(
                     "`AdaptiveCompressionCallback` retrains for whole epochs, but the training data have no length, and"
@@ -282,11 +295,14 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         super().on_train_start(trainer, pl_module)
 
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
-        """Check that there are weights for the task."""
+        """Check that there are weights for the task, and let them start anew."""
         if self._is_neutral:
             return
+        self._is_compressed = False
         self.packed.require_after(task)
         self._bounds(task)
+        if self.restart == "drawn" and self.tasks:
+            redraw_(pl_module, self.packed.ownership.free(), seed=seed_of(self.seed, task, "restart"))
         if self.packed.free_share == 0:
             rank_zero_warn(
                 f"`AdaptiveCompressionCallback` has no free weights for task {task}: it trains its head only. Use a"
@@ -301,7 +317,15 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         self._pin = pin_but(parameters, self.packed.ownership.free(), self.packed.held(parts, rest=holds_rest))
         held = parts.norms if self.tasks and holds_rest else ()
         self._norms = [pl_module.get_submodule(name) for name in held]
+        buffers = dict(pl_module.named_buffers())
+        names = parts.statistics if held else ()
+        self._statistics = Pin.at(buffers, {name: torch.ones_like(buffers[name], dtype=torch.bool) for name in names})
         return parts
+
+    def _put_back(self, pl_module: L.LightningModule) -> None:
+        """Put back what is held, should an average of weights have taken its place."""
+        self._pin.put_back_(dict(pl_module.named_parameters()))
+        self._statistics.put_back_(dict(pl_module.named_buffers()))
 
     # --- During training ----------------------------------------------------------------------------------------------
 
@@ -338,6 +362,7 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         if self._is_neutral:
             return
         share_buffers(pl_module)
+        self._put_back(pl_module)
         parts = self._hold(pl_module)
         is_searched = self.share is None and self.packed.free_share > 0
         found = self._searched(trainer, task, parts) if is_searched else self._given(trainer, task)
@@ -348,8 +373,18 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         copies = {name: tensors[name] for name in parts.of_each_task(rest=self.norms == "per-task")}
         self.packed, self._search = self.packed.after(task, kept, copies, found), {}
         self._hold(pl_module)
+        self._is_compressed = True
         if trainer.is_global_zero:
             self._log(trainer, task)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put back what is held, and the zeros, should an average of weights have taken their place."""
+        if self._is_compressed:
+            self._put_back(pl_module)
+            parameters = dict(pl_module.named_parameters())
+            for name, free in self.packed.ownership.free().items():
+                parameters[name].detach().masked_fill_(free, 0)
+        super().on_fit_end(trainer, pl_module)
 
     def _given(self, trainer: L.Trainer, task: int) -> Found:
         """Return what there is without a search: a fixed share, or none where no weights are free."""
@@ -496,15 +531,9 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         owners = ["free", *(f"task {one}" for one in range(task + 1))]
         write_table_and_figure(trainer, "compression/capacity", ["layer", *owners], capacity, self.plot_capacity)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the user's objects as they were."""
+    def _leave(self) -> None:
         self._free_norms()
-        super().teardown(trainer, pl_module, stage)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave the user's objects as they were."""
-        self._free_norms()
-        super().on_exception(trainer, pl_module, exception)
+        super()._leave()
 
     # --- State --------------------------------------------------------------------------------------------------------
 

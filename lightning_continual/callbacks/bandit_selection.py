@@ -312,19 +312,10 @@ class BanditSelectionCallback(ContinualCallback):
         if self.weights is not None:
             self.weights.wake()
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the user's objects as they were."""
-        self._end()
-        super().teardown(trainer, pl_module, stage)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave the user's objects as they were."""
-        self._end()
-        super().on_exception(trainer, pl_module, exception)
-
-    def _end(self) -> None:
+    def _leave(self) -> None:
         if self.weights is not None:
             self.weights.end()
+        super()._leave()
 
     # --- Diagnostics --------------------------------------------------------------------------------------------------
 

@@ -143,7 +143,7 @@ class CLNPCallback(ContinualCallback):
         self._thresholds: dict[str, float] = {}
         self._strengths: dict[str, float] = {}
         self._validation = LastValidation(monitor)
-        self._ends: list[Callable[[], None]] = []  # of hooks
+        self._held: capacity.Hold | None = None
 
     # --- What is known ------------------------------------------------------------------------------------------------
 
@@ -262,24 +262,25 @@ class CLNPCallback(ContinualCallback):
 
     def _hold(self, pl_module: L.LightningModule) -> None:
         """Hold what is active where it now is."""
-        active = self.learnt.units
-        self.pin = capacity.pin_of(self._units, dict(pl_module.named_parameters()), active)
-        self._let_go()
-        self._ends = capacity.hold_statistics(pl_module, self._units, active)
+        if self._held is not None:
+            self._held.end()
+        self._held = capacity.Hold(pl_module, self._units, self.learnt.units)
+        self.pin = self._held.weights
 
-    def _let_go(self) -> None:
-        while self._ends:
-            self._ends.pop()()
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put back what tasks need, should an average of weights have taken its place."""
+        self._put_back(pl_module)
+        super().on_fit_end(trainer, pl_module)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the user's objects as they were."""
-        super().teardown(trainer, pl_module, stage)
-        self._let_go()
+    def _put_back(self, pl_module: L.LightningModule) -> None:
+        if self._held is not None:
+            self._held.put_back_(pl_module)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave the user's objects as they were."""
-        super().on_exception(trainer, pl_module, exception)
-        self._let_go()
+    def _leave(self) -> None:
+        super()._leave()
+        if self._held is not None:
+            self._held.end()
+        self._held = None
 
     # --- At the boundary ----------------------------------------------------------------------------------------------
 
@@ -289,6 +290,7 @@ class CLNPCallback(ContinualCallback):
             return
         units, parameters = self._units, dict(pl_module.named_parameters())
         share_buffers(pl_module)
+        self._put_back(pl_module)  # an average of weights, now trained with, may have lost some bits of it
         outputs = self._require_outputs(trainer, task)
         measure = self._activity(trainer, pl_module, task)
         if self.measure == "influence":

@@ -115,11 +115,10 @@ class CostCallback(ContinualCallback):
         if self.verbose and self._has_trained and trainer.is_global_zero and self.tasks:
             sys.stdout.write(self.table() + "\n")
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Stop counting."""
+    def _leave(self) -> None:
         self._counting.close()
         self._counter = None
-        super().on_exception(trainer, pl_module, exception)
+        super()._leave()
 
     def table(self) -> str:
         """Return what each task and the whole stream cost, and beside it what training from scratch would have."""

@@ -4,6 +4,7 @@ from lightning_continual.capacity.activity import active_units, activity_read, r
 from lightning_continual.capacity.choice import Choice, graceful_choice, influence
 from lightning_continual.capacity.counts import UnitCounts, count_units, units_table
 from lightning_continual.capacity.forgetting import graceful_threshold, what_went_wrong
+from lightning_continual.capacity.hold import Hold
 from lightning_continual.capacity.kinds import (
     add_l1_gradient_,
     cut,
@@ -24,6 +25,7 @@ from lightning_continual.capacity.wiring import Places, Wiring, by_layer, find_w
 __all__ = [
     "Choice",
     "HeldStatistics",
+    "Hold",
     "Learnt",
     "OnlyOutputs",
     "Places",

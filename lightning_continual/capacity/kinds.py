@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_continual.capacity.wiring import Wiring
 from lightning_continual.constraints import Pin
-from lightning_continual.parameters import ParamDict
+from lightning_continual.parameters import ParamDict, redraw_, trainable
 
 
 def kept_weights(wiring: Wiring, tensors: Mapping[str, Tensor], active: Tensor) -> ParamDict:
@@ -128,21 +127,15 @@ def reset_free_(module: nn.Module, wiring: Wiring, active: Tensor, *, seed: int)
         >>> (model[0].weight == before).flatten()
         tensor([ True, False])
     """
-    parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
-    frozen = {name: one.detach().clone() for name, one in parameters.items() if not one.requires_grad}
-    pins = [(tensors, pin_of(wiring, tensors, active)) for tensors in (parameters, buffers)]
-    devices = sorted({one.device.index for one in parameters.values() if one.device.type == "cuda"})
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        for name in _layers(wiring.rows):
-            layer: Any = module.get_submodule(name)
-            own = [one for one in layer.parameters(recurse=False) if one.requires_grad]
-            if own and hasattr(layer, "reset_parameters"):
-                layer.reset_parameters()
-        for tensors, pin in pins:
-            pin.put_back_(tensors)
-        for name, value in frozen.items():
-            parameters[name].copy_(value)
+    trained = trainable(module)
+    tensors = {**trained, **dict(module.named_buffers())}
+    needed = pin_of(wiring, tensors, active).pinned
+    layers = {_layer(name): list[str]() for name in wiring.rows if name in trained}
+    for name in tensors:
+        if _layer(name) in layers:
+            layers[_layer(name)].append(name)
+    everywhere = {name: torch.ones_like(tensors[name], dtype=torch.bool) for names in layers.values() for name in names}
+    redraw_(module, {name: ~needed[name] if name in needed else one for name, one in everywhere.items()}, seed=seed)
 
 
 def add_l1_gradient_(parameters: Mapping[str, Tensor], strengths: Mapping[str, float], scale: float = 1.0) -> None:
@@ -220,5 +213,5 @@ def _places(wiring: Wiring, tensors: Mapping[str, Tensor], active: Tensor) -> It
             yield name, made.expand(shape), read.expand(shape)
 
 
-def _layers(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]

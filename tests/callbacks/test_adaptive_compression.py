@@ -11,13 +11,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as L
 import pytest
 import torch
 from conftest import make_tasks
-from lightning.pytorch.callbacks import OnExceptionCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    TQDMProgressBar,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -222,6 +227,83 @@ def test_one_fit_a_task_and_restore_keep_old_tasks_too(trainer: Make, tmp_path: 
         seen.append(Watch(compression).outputs(module, task))
         for old, before in enumerate(seen):
             assert torch.equal(Watch(compression).outputs(module, old), before)
+
+
+@pytest.mark.parametrize("norms", ["hold", "per-task"])
+@pytest.mark.parametrize("comes_first", [True, False], ids="average_first={}".format)
+def test_an_average_of_weights_changes_nothing_of_tasks_learnt(trainer: Make, comes_first: bool, norms: Any) -> None:
+    module, compression = net(), packnet(norms=norms)
+    watch, average = Watch(compression), EMAWeightAveraging(decay=0.9)
+    order = [average, compression] if comes_first else [compression, average]
+    trainer(TaskStream(3), *order, watch, precision="64-true", num_sanity_val_steps=0).fit(module, datamodule=data_of())
+    require_as_learnt(compression, watch, module)
+
+
+@pytest.mark.parametrize("norms", ["hold", "per-task"])
+@pytest.mark.parametrize("average", ["SWA", "EMA"])
+def test_one_fit_a_task_may_end_with_an_average(trainer: Make, average: str, norms: Any) -> None:
+    module, compression, data = net(), packnet(norms=norms), data_of()
+    watch = Watch(compression)
+    for task in range(3):
+        data.current_task = task
+        swa = StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1)
+        first = swa if average == "SWA" else EMAWeightAveraging(decay=0.9)
+        options = {"max_epochs": 3, "precision": "64-true", "num_sanity_val_steps": 0}
+        trainer(first, compression, **options).fit(module, datamodule=data)
+        watch.on_task_end(cast(Any, None), module, task)
+    require_as_learnt(compression, watch, module)
+
+
+def require_as_learnt(compression: AdaptiveCompressionCallback, watch: Watch, module: Net) -> None:
+    for task in range(3):
+        assert torch.equal(watch.outputs(module, task), watch.seen[task])
+    for name, owners in compression.packed.ownership.owners.items():
+        assert torch.equal(module.get_parameter(name) == 0, owners == 0)
+    assert len({tuple(seen.flatten().tolist()) for seen in watch.seen.values()}) == 3
+
+
+class FirstStep(L.Callback):
+    """Keeps the weights with which each task starts."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_task_start(self, trainer: L.Trainer, pl_module: Any, task: int) -> None:
+        self.weights.append({name: one.detach().clone() for name, one in pl_module.named_parameters()})
+
+
+@pytest.mark.parametrize("restart", ["zero", "drawn"])
+def test_free_weights_start_at_zero_or_drawn_anew(trainer: Make, restart: Any) -> None:
+    module, compression, first = net(), packnet(restart=restart, share=0.75), FirstStep()
+    watch = Watch(compression)
+    trainer(TaskStream(2), compression, first, watch, precision="64-true").fit(module, datamodule=data_of())
+    require_as_learnt(compression, watch, module)
+    for task in (1, 2):
+        for name, owners in compression.packed.ownership.owners.items():
+            start = first.weights[task][name][(owners == 0) | (owners > task)]
+            if restart == "zero":
+                assert not start.any()
+            else:
+                bound = first.weights[task][name].shape[1] ** -0.5  # of `nn.Linear`
+                assert start.all()
+                assert 0.8 * bound < start.abs().max() <= bound
+                assert not torch.equal(start, first.weights[0][name][(owners == 0) | (owners > task)])
+
+
+def test_a_layer_that_cannot_be_drawn_anew_is_named_before_training(trainer: Make) -> None:
+    class Own(nn.Linear):
+        reset_parameters = None  # type: ignore[assignment]
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.weight, self.bias = nn.Parameter(torch.randn(10, 4)), nn.Parameter(torch.zeros(10))
+
+    module = Net()
+    module.first = Own()
+    with pytest.raises(
+        ValueError, match=r"`restart='drawn'` must have layers with a `reset_parameters`, but \['first'\]"
+    ):
+        trainer(TaskStream(1), packnet(restart="drawn")).fit(module.double(), datamodule=data_of())
 
 
 def test_the_last_task_sees_the_module_as_it_stands(trainer: Make) -> None:
@@ -977,6 +1059,7 @@ def test_a_search_takes_no_longer_than_its_trials(trainer: Make, monkeypatch: py
         ({"blocks": 6}, r"`blocks` must lie in 1\.\.5, but got 6"),
         ({"num_tasks": 256}, r"`num_tasks` must lie in 1\.\.255, but got 256"),
         ({"objective": "both"}, r"`objective` must be 'constrained' or 'scalarised', but got 'both'"),
+        ({"restart": "one"}, r"`restart` must be 'zero' or 'drawn', but got 'one'"),
         ({"norms": "free"}, r"`norms` must be 'hold' or 'per-task', but got 'free'"),
         ({"share": 1.0}, r"`share` must lie in \[0, 1\), but got 1.0"),
         ({"share": [0.5, -0.1]}, r"`share` must lie in \[0, 1\), but got \[0.5, -0.1\]"),

@@ -12,6 +12,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from conftest import Classifier, make_tasks
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -287,6 +288,38 @@ def test_so_they_do_where_what_is_kept_is_retrained_after_a_deep_cut(
     assert all(one.new > 0 for one in counts)
 
 
+@pytest.mark.parametrize("comes_first", [True, False], ids="average_first={}".format)
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_so_they_do_where_averages_take_the_place_of_weights(
+    trainer: Callable[..., L.Trainer], kind: str, comes_first: bool
+) -> None:
+    L.seed_everything(3, verbose=False)
+    module, method = Network(kind, "adamw"), clnp(kind)
+    logits, average = Logits(method), EMAWeightAveraging(decay=0.9)
+    order = [average, method] if comes_first else [method, average]
+    trainer(TaskStream(2), *order, logits, num_sanity_val_steps=0).fit(module, datamodule=stream())
+    logits.require_same(module)
+    require_some_of_each(method)
+
+
+@pytest.mark.parametrize("average", ["SWA", "EMA"])
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_so_they_do_in_one_fit_a_task_each_of_which_ends_with_an_average(
+    trainer: Callable[..., L.Trainer], kind: str, average: str
+) -> None:
+    L.seed_everything(3, verbose=False)
+    module, method = Network(kind, "adamw"), shared(threshold=0.0, retrain_epochs=0)
+    logits, data = Logits(method), stream()
+    for task in range(3):
+        data.current_task = task
+        swa = StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1)
+        first = swa if average == "SWA" else EMAWeightAveraging(decay=0.9)
+        trainer(first, method, logits, max_epochs=3, num_sanity_val_steps=0).fit(module, datamodule=data)
+        assert len(logits.logits) == task + 1
+    logits.require_same(module)
+    assert all(one.new > 0 for one in method.learnt.counts)
+
+
 class SaveAt(L.Callback):
     def __init__(self, path: Path, step: int) -> None:
         self.path, self.step = path, step
@@ -385,7 +418,8 @@ def test_two_processes_keep_the_same_units_and_forget_nothing(
 def test_without_the_statistics_of_batch_norms_they_would_not(
     trainer: Callable[..., L.Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_continual.capacity.hold_statistics", lambda *args: [])
+    monkeypatch.setattr("lightning_continual.capacity.hold.hold_statistics", lambda *args: [])
+    monkeypatch.setattr("lightning_continual.capacity.Hold.put_back_", lambda *args: None)
     L.seed_everything(3, verbose=False)
     module, method = Network("cnn"), clnp("cnn")
     logits = Logits(method)
