@@ -222,6 +222,25 @@ def identical(one: Any, two: Any) -> bool:
     return bool(one == two)
 
 
+MONITORS = {
+    "accuracy matrix": lambda **options: AccuracyMatrixCallback(loaders=[DataLoader(range(3))], **options),
+    "clnp": CLNPCallback,
+    "adaptive compression": lambda **options: AdaptiveCompressionCallback(100.0, trials=1, **options),
+}
+
+
+@pytest.mark.parametrize("make", MONITORS.values(), ids=MONITORS)
+def test_a_loss_of_which_more_is_taken_for_better_is_warned_of(
+    trainer: Callable[..., L.Trainer], make: Callable[..., Any]
+) -> None:
+    callback = make(monitor="val_loss")
+    with pytest.warns(match=f"`{type(callback).__name__}` takes a high 'val_loss' for good.*`higher_is_better=False`"):
+        callback.setup(trainer(TaskStream(1), callback), Classifier(), "fit")
+    right = make(monitor="val_loss", higher_is_better=False), make(monitor="val_acc")
+    for callback in right:  # and warnings are errors
+        callback.setup(trainer(TaskStream(1), callback), Classifier(), "fit")
+
+
 # --- Neutral and active -----------------------------------------------------------------------------------------------
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -13,6 +15,26 @@ from lightning_continual._datasets import num_samples
 from lightning_continual._host.loaders import in_order, num_batches, validation_limit
 from lightning_continual._host.loops import data_module_of
 from lightning_continual._host.scoring import score
+
+_ERRORS = {
+    *("loss", "error", "err", "mse", "rmse", "mae", "mape", "msle", "smape", "nll", "bce", "crossentropy", "entropy"),
+    *("perplexity", "ppl", "wer", "cer", "fid", "brier", "ece", "deviance", "hinge", "kl"),
+}
+
+
+def is_error(monitor: str) -> bool:
+    """Return whether a name, as ``"val_loss"`` or ``"test/rmse"``, is that of a score of which less is better."""
+    words = set(re.split(r"[^a-z]+", monitor.lower()))
+    return bool(words & _ERRORS) or "loss" in monitor.lower()
+
+
+def warn_of_direction(callback: Any) -> None:
+    """Warn where by its name the ``monitor`` of a callback is better the lower it is, and it takes high for good."""
+    if callback.monitor is not None and callback.higher_is_better and is_error(callback.monitor):
+        rank_zero_warn(
+            f"`{type(callback).__name__}` takes a high {callback.monitor!r} for good. If it is a loss or an error, pass"
+            " `higher_is_better=False`."
+        )
 
 
 def validation_loader(trainer: Any, task: int, who: str) -> Any:

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_continual import _host
 from lightning_continual._host.heads import require_task_heads
+from lightning_continual._host.validation import warn_of_direction
 from lightning_continual.data import ContinualDataModule
 from lightning_continual.metrics import AccuracyMatrix
 from lightning_continual.report import matrix_figure, print_matrix
@@ -94,6 +95,7 @@ class AccuracyMatrixCallback(ContinualCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        warn_of_direction(self)
         if not _host.is_overridden("validation_step", pl_module):
             raise MisconfigurationException(
                 f"`AccuracyMatrixCallback` scores by `validation_step`, but {type(pl_module).__name__} has none. Define"

@@ -28,7 +28,7 @@ from lightning_continual._host.retraining import (
     weights_kept,
 )
 from lightning_continual._host.sights import SeesLoaders
-from lightning_continual._host.validation import monitored, validation_loader
+from lightning_continual._host.validation import monitored, validation_loader, warn_of_direction
 from lightning_continual.constraints import Pin
 from lightning_continual.data import ContinualDataModule, seed_of
 from lightning_continual.ownership import (
@@ -259,6 +259,7 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not self._is_neutral:
             _host.require_visible_gradients(trainer, type(self).__name__)
+            warn_of_direction(self)
             if others := [type(one).__name__ for one in _host.holders(trainer, self)]:
                 raise MisconfigurationException(
                     "`AdaptiveCompressionCallback` must alone say which weights are pruned and held, but the Trainer"

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from lightning_continual import _host, capacity
 from lightning_continual._host.loggers import write_table_and_figure
 from lightning_continual._host.retraining import retrain, retraining_batches, share_buffers
-from lightning_continual._host.validation import LastValidation, monitored, share_of, validation_loader
+from lightning_continual._host.validation import (
+    LastValidation,
+    monitored,
+    share_of,
+    validation_loader,
+    warn_of_direction,
+)
 from lightning_continual.constraints import Pin
 from lightning_continual.data import seed_of
 from lightning_continual.report.units import units_figure
@@ -184,6 +190,7 @@ class CLNPCallback(ContinualCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not self._is_neutral:
             _host.require_visible_gradients(trainer, type(self).__name__)
+            warn_of_direction(self)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find who reads whom, hold what earlier tasks need, and check what the end of the task will need."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import re
 import sys
 import time
 import warnings
@@ -18,11 +17,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_continual import _host
-
-_ERRORS = {
-    *("loss", "error", "err", "mse", "rmse", "mae", "mape", "msle", "smape", "nll", "bce", "crossentropy", "entropy"),
-    *("perplexity", "ppl", "wer", "cer", "fid", "brier", "ece", "deviance", "hinge", "kl"),
-}
+from lightning_continual._host.validation import is_error
 
 
 @dataclass(frozen=True)
@@ -55,8 +50,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         if self.lower_is_better is None:
-            words = set(re.split(r"[^a-z]+", self.monitor.lower()))
-            object.__setattr__(self, "lower_is_better", bool(words & _ERRORS) or "loss" in self.monitor.lower())
+            object.__setattr__(self, "lower_is_better", is_error(self.monitor))
 
     def score(self, network: L.LightningModule, *callbacks: L.Callback, accelerator: str | None = None) -> float:
         """Return what the network's ``validation_step`` logs as ``monitor``; the global random state is left alone.
