@@ -243,6 +243,8 @@ def run(tasks: list[Task], num_outputs: int, seed: int, options: argparse.Namesp
         trials=options.trials,
         monitor="val_miou",
         retrain_epochs=options.retrain,
+        objective="constrained" if options.weight is None else "scalarised",
+        weight=options.weight or 0.0,
         num_tasks=len(tasks),
         floor=options.floor,
         norms="per-task",
@@ -284,6 +286,7 @@ def main() -> None:
     parser.add_argument("--retrain", type=int, default=2)
     parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--tolerance", type=float, default=0.02)
+    parser.add_argument("--weight", type=float, help="of the share given back, against the score, without a tolerance")
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--floor", type=float, help="of the weights for each task to come")

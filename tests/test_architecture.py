@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import json
+import math
 import re
 import subprocess
 import sys
@@ -190,8 +191,8 @@ import lightning_continual
 print(json.dumps([time.process_time() - start, sorted(set(sys.modules) - before)]))
 """
     extras = "wandb", "avalanche", "optuna", "sklearn", "torch_pruning", "torchao", "jsonargparse", "matplotlib"
-    seconds = []
-    for _ in range(4):
+    seconds = [math.inf]
+    while min(seconds) >= 0.3 and len(seconds) <= 4:  # the first import of all may compile
         one, loaded = json.loads(in_a_fresh_process(code))
         seconds.append(one)
         assert not [module for module in loaded if module.partition(".")[0] in extras]

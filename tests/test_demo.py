@@ -28,30 +28,34 @@ def read(folder: Path, method: str) -> dict[str, float]:
     return json.loads((folder / "runs" / f"{method}-0" / "result.json").read_text())
 
 
-def test_the_demo_shows_forgetting_and_that_rehearsal_prevents_it(tmp_path: Path) -> None:
-    report = run_demo(tmp_path, num_seeds=1)
-    forgets, rehearses = read(tmp_path, "fine-tuning"), read(tmp_path, "rehearsal")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Where a demo of one seed wrote, and what it said."""
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, run_demo(folder, num_seeds=1)
+
+
+def test_the_demo_shows_forgetting_and_that_rehearsal_prevents_it(finished: tuple[Path, str]) -> None:
+    folder, report = finished
+    forgets, rehearses = read(folder, "fine-tuning"), read(folder, "rehearsal")
     assert forgets["accuracy"] < 0.35
     assert rehearses["accuracy"] > 0.85
     assert forgets["forgetting"] > 0.5 > rehearses["forgetting"]
     assert 1.5 * forgets["samples"] < rehearses["samples"] < 2 * forgets["samples"]
-    assert (tmp_path / "matrices.png").read_bytes().startswith(b"\x89PNG")
-    assert str(tmp_path / "matrices.png") in report
+    assert (folder / "matrices.png").read_bytes().startswith(b"\x89PNG")
+    assert str(folder / "matrices.png") in report
     assert f"{100 * rehearses['accuracy']:.1f} ± 0.0" in report
 
 
 @pytest.mark.slow
-def test_the_same_seeds_give_the_same_table(tmp_path: Path) -> None:
-    tables = [run_demo(tmp_path / name, num_seeds=1) for name in ("one", "two")]
-    assert without_seconds(tables[0]) == without_seconds(tables[1])
+def test_a_demo_killed_in_the_middle_of_a_run_resumes_to_the_same_table(
+    tmp_path: Path, finished: tuple[Path, str]
+) -> None:
+    """And so do the same seeds."""
 
-
-@pytest.mark.slow
-def test_a_demo_killed_in_the_middle_of_a_run_resumes_to_the_same_table(tmp_path: Path) -> None:
     def demo(*arguments: str) -> list[str]:
         return [sys.executable, "-m", "lightning_continual", "demo", "--seeds", "1", "--output", *arguments]
 
-    whole = subprocess.run(demo(str(tmp_path / "whole")), check=True, capture_output=True, text=True, timeout=120)
     killed = tmp_path / "killed"
     process = subprocess.Popen(demo(str(killed)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoint = killed / "runs" / "rehearsal-0" / "last.ckpt"
@@ -64,15 +68,16 @@ def test_a_demo_killed_in_the_middle_of_a_run_resumes_to_the_same_table(tmp_path
     assert checkpoint.exists()
     assert not checkpoint.with_name("result.json").exists()
     resumed = subprocess.run(demo(str(killed), "--resume"), check=True, capture_output=True, text=True, timeout=120)
-    assert without_seconds(resumed.stdout) == without_seconds(whole.stdout)
-    assert read(killed, "rehearsal")["matrix"] == read(tmp_path / "whole", "rehearsal")["matrix"]
+    whole, table = finished
+    assert without_seconds(resumed.stdout) == without_seconds(table)
+    assert read(killed, "rehearsal")["matrix"] == read(whole, "rehearsal")["matrix"]
 
 
-def test_a_finished_run_is_read_not_trained_again(tmp_path: Path) -> None:
-    first = run_demo(tmp_path, num_seeds=1)
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
-    assert run_demo(tmp_path, num_seeds=1, resume=True) == first
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")} == stamps
+def test_a_finished_run_is_read_not_trained_again(finished: tuple[Path, str]) -> None:
+    folder, first = finished
+    stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
+    assert run_demo(folder, num_seeds=1, resume=True) == first
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")} == stamps
 
 
 def test_no_seeds_raise(tmp_path: Path) -> None:
