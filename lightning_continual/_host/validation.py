@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import WeightAveraging
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_continual._datasets import num_samples
@@ -85,12 +86,13 @@ class LastValidation:
         """Return what gives the score of the module as it is, where the fit ends every epoch with validation.
 
         A run resumed after such a validation does not know it, nor do several processes, which may have logged what
-        each one found. They ask ``otherwise``, at a cost, and else go on as others do.
+        each one found, nor where an average of the weights is what is validated. They ask ``otherwise``, at a cost, and
+        else go on as others do.
         """
         every = trainer.check_val_every_n_epoch == 1 and trainer.val_check_interval == 1.0
         if not trainer.enable_validation or not every:
             return None
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 or any(isinstance(one, WeightAveraging) for one in trainer.callbacks):
             return otherwise
         state, value = self._found or (None, 0.0)
         return otherwise if state != _state_of(trainer) else lambda: value

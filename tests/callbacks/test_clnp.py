@@ -25,6 +25,7 @@ from lightning_continual.callbacks.pruning import PruningCallback
 from lightning_continual.callbacks.rehearsal import RehearsalCallback
 from lightning_continual.data import ContinualDataModule
 from lightning_continual.heads import TaskHead
+from lightning_continual.parameters import evaluating
 from lightning_continual.stream import ContinualCallback, TaskStream, restore
 from lightning_continual.tasks import Task, permute_pixels, split_by_class
 
@@ -300,6 +301,24 @@ def test_so_they_do_where_averages_take_the_place_of_weights(
     trainer(TaskStream(2), *order, logits, num_sanity_val_steps=0).fit(module, datamodule=stream())
     logits.require_same(module)
     require_some_of_each(method)
+
+
+def test_the_score_before_the_cut_is_that_of_the_weights_and_not_of_their_average(
+    trainer: Callable[..., L.Trainer],
+) -> None:
+    L.seed_everything(3, verbose=False)
+    found: list[float] = []
+
+    class Score(ContinualCallback):
+        def on_task_end(self, trainer: Any, pl_module: Any, task: int) -> None:
+            x, y = next(iter(DataLoader(data.tasks[task].val, 1000)))
+            with torch.no_grad(), evaluating(pl_module):
+                found.append(float((pl_module(x).argmax(1) == y % 2).float().mean()))
+
+    module, method, data = Network("mlp", "adamw"), clnp(threshold=None, tolerance=0.05), stream()
+    average = EMAWeightAveraging(decay=0.999)  # far behind
+    trainer(TaskStream(2), average, Score(), method, num_sanity_val_steps=0).fit(module, datamodule=data)
+    assert [one["before"] for one in method.learnt.searches.values()] == pytest.approx(found)
 
 
 @pytest.mark.parametrize("average", ["SWA", "EMA"])
