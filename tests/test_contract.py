@@ -63,6 +63,8 @@ def matrix() -> L.Callback:
     return AccuracyMatrixCallback("val_loss", higher_is_better=False, verbose=False)
 
 
+BY_LOSS: dict[str, Any] = {"monitor": "val_loss", "higher_is_better": False}
+
 ROWS = {
     "rehearsal": Row(
         active=lambda: RehearsalCallback(12),
@@ -143,9 +145,9 @@ ROWS = {
         distributed=lambda: CLNPCallback(1.0, l1=1e-3, passes=4, monitor="val_loss", higher_is_better=False),
     ),
     "adaptive compression": Row(
-        active=lambda: AdaptiveCompressionCallback(100.0, monitor="val_loss", higher_is_better=False, trials=2),
-        neutral=lambda: AdaptiveCompressionCallback(100.0, monitor="val_loss", higher_is_better=False, parameters=()),
-        distributed=lambda: AdaptiveCompressionCallback(100.0, monitor="val_loss", higher_is_better=False, trials=2),
+        active=lambda: AdaptiveCompressionCallback(100.0, **BY_LOSS, trials=2, restart="drawn"),
+        neutral=lambda: AdaptiveCompressionCallback(100.0, **BY_LOSS, parameters=()),
+        distributed=lambda: AdaptiveCompressionCallback(100.0, **BY_LOSS, trials=2, restart="drawn"),
     ),
     "packnet": Row(
         active=lambda: AdaptiveCompressionCallback(share=0.5, monitor=None),
