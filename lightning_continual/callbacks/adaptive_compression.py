@@ -533,6 +533,7 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         write_table_and_figure(trainer, "compression/capacity", ["layer", *owners], capacity, self.plot_capacity)
 
     def _leave(self) -> None:
+        self._is_compressed = False
         self._free_norms()
         super()._leave()
 

@@ -262,6 +262,15 @@ def require_as_learnt(compression: AdaptiveCompressionCallback, watch: Watch, mo
     assert len({tuple(seen.flatten().tolist()) for seen in watch.seen.values()}) == 3
 
 
+def test_a_fit_that_trains_nothing_writes_nothing(trainer: Make) -> None:
+    module, compression = net(), packnet()
+    trainer(compression, max_epochs=1, precision="64-true").fit(module, datamodule=data_of())
+    with torch.no_grad():
+        module.first.weight.fill_(1.0)
+    compression.on_fit_end(trainer(compression), module)
+    assert module.first.weight.eq(1.0).all()
+
+
 class FirstStep(L.Callback):
     """Keeps the weights with which each task starts."""
 
