@@ -184,6 +184,13 @@ class Pin:
         kept = {name: one.detach().clone() for name, one in pinned.items()}
         return cls(kept, {name: torch.where(one, parameters[name].detach(), 0) for name, one in kept.items()})
 
+    @classmethod
+    def at_zero(cls, parameters: Mapping[str, Tensor], pinned: Mapping[str, Tensor]) -> Pin:
+        """Return the pin that holds ``pinned`` (bool, by name) at zero; its values take no memory."""
+        return cls(
+            dict(pinned), {name: parameters[name].new_zeros(()).expand(one.shape) for name, one in pinned.items()}
+        )
+
     def __bool__(self) -> bool:
         return bool(self.pinned)
 
@@ -250,6 +257,23 @@ class Pin:
                 if held:
                     values = [self.values[group[number]] for number in held]
                     torch._foreach_add_([weights[number] for number in held], values)
+
+    def put_into_(self, state_dict: dict[str, Tensor]) -> None:
+        """Put what is held into a ``state_dict``, which may be that of an average of weights.
+
+        Tensors themselves do not change: those that lack a value are replaced.
+
+        Example:
+            >>> state_dict = {"w": torch.tensor([1e-9, 2.0])}
+            >>> Pin({"w": torch.tensor([True, False])}, {"w": torch.zeros(2)}).put_into_(state_dict)
+            >>> state_dict
+            {'w': tensor([0., 2.])}
+        """
+        for name in self.pinned.keys() & state_dict.keys():
+            found = state_dict[name]
+            mask, values = self.pinned[name].to(found.device), self.values[name].to(found)
+            if not torch.equal(found[mask], values[mask]):
+                state_dict[name] = torch.where(mask, values, found)
 
     @cached_property
     def _rows(self) -> dict[str, tuple[Tensor, Tensor]]:

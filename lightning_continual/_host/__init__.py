@@ -71,6 +71,7 @@ from lightning_continual._host.steps import (
     held_by_others,
     hold,
     holders,
+    is_of_average,
     parameters_of,
     put_back_others,
 )
@@ -107,6 +108,7 @@ __all__ = [
     "is_checkpoint",
     "is_compiled",
     "is_distributed",
+    "is_of_average",
     "is_overridden",
     "leave_epoch",
     "leave_process_group_at_exit",

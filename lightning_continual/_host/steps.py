@@ -91,6 +91,11 @@ def held_by_others(trainer: Any, but: Any) -> ParamDict:
     return held
 
 
+def is_of_average(checkpoint: dict[str, Any]) -> bool:
+    """Whether the ``state_dict`` of a checkpoint is that of an average of weights, by Lightning's `WeightAveraging`."""
+    return "current_model_state" in checkpoint
+
+
 def put_back_others(trainer: Any, but: Any) -> None:
     """Put back what other callbacks hold, where a callback has written to weights outside of a step."""
     parameters = dict(trainer.lightning_module.named_parameters())

@@ -323,9 +323,15 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         self._statistics = Pin.at(buffers, {name: torch.ones_like(buffers[name], dtype=torch.bool) for name in names})
         return parts
 
+    def _held(self, pl_module: L.LightningModule) -> Pin:
+        """Return what is held now; after a boundary that is also what has been given back, at zero."""
+        if not self._is_compressed:
+            return self._pin
+        return self._pin | Pin.at_zero(dict(pl_module.named_parameters()), self.packed.ownership.free())
+
     def _put_back(self, pl_module: L.LightningModule) -> None:
         """Put back what is held, should an average of weights have taken its place."""
-        self._pin.put_back_(dict(pl_module.named_parameters()))
+        self._held(pl_module).put_back_(dict(pl_module.named_parameters()))
         self._statistics.put_back_(dict(pl_module.named_buffers()))
 
     # --- During training ----------------------------------------------------------------------------------------------
@@ -378,13 +384,16 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         if trainer.is_global_zero:
             self._log(trainer, task)
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put what is held into the checkpoint, if it is of an average of weights."""
+        if _host.is_of_average(checkpoint):
+            self._held(pl_module).put_into_(checkpoint["state_dict"])
+            self._statistics.put_into_(checkpoint["state_dict"])
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put back what is held, and the zeros, should an average of weights have taken their place."""
-        if self._is_compressed:
+        if self._has_trained:
             self._put_back(pl_module)
-            parameters = dict(pl_module.named_parameters())
-            for name, free in self.packed.ownership.free().items():
-                parameters[name].detach().masked_fill_(free, 0)
         super().on_fit_end(trainer, pl_module)
 
     def _given(self, trainer: L.Trainer, task: int) -> Found:
@@ -533,7 +542,6 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         write_table_and_figure(trainer, "compression/capacity", ["layer", *owners], capacity, self.plot_capacity)
 
     def _leave(self) -> None:
-        self._is_compressed = False
         self._free_norms()
         super()._leave()
 

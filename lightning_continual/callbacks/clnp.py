@@ -274,9 +274,15 @@ class CLNPCallback(ContinualCallback):
         self._held = capacity.Hold(pl_module, self._units, self.learnt.units)
         self.pin = self._held.weights
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put what tasks need into the checkpoint, if it is of an average of weights."""
+        if self._held is not None and _host.is_of_average(checkpoint):
+            self._held.put_into_(checkpoint["state_dict"])
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put back what tasks need, should an average of weights have taken its place."""
-        self._put_back(pl_module)
+        if self._has_trained:
+            self._put_back(pl_module)
         super().on_fit_end(trainer, pl_module)
 
     def _put_back(self, pl_module: L.LightningModule) -> None:
@@ -287,7 +293,6 @@ class CLNPCallback(ContinualCallback):
         super()._leave()
         if self._held is not None:
             self._held.end()
-        self._held = None
 
     # --- At the boundary ----------------------------------------------------------------------------------------------
 

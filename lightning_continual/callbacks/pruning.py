@@ -19,7 +19,6 @@ from lightning_continual.compression.ranking import Schedule, Scope, When, amoun
 from lightning_continual.compression.selectors import Evidence, Level, Selector, matching, reads_data
 from lightning_continual.compression.surgery import compact
 from lightning_continual.compression.units import UnitGroup, unit_groups
-from lightning_continual.compression.zeros import pinned_at_zero, put_zeros_
 from lightning_continual.constraints import Pin
 from lightning_continual.data import seed_of
 from lightning_continual.importance.fisher import Statistic
@@ -187,7 +186,7 @@ class PruningCallback(ContinualCallback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put zeros into the checkpoint, should it be of an average of weights."""
         if self._fit_to(pl_module):
-            put_zeros_(checkpoint["state_dict"], self.pin.pinned)
+            self.pin.put_into_(checkpoint["state_dict"])
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put zeros back, should an average of weights have taken the place of these."""
@@ -233,7 +232,7 @@ class PruningCallback(ContinualCallback):
         """Let the pin be for the module as it stands (a head may have grown), and say whether it holds anything."""
         parameters = dict(pl_module.named_parameters()) if self.pin else {}
         if (aligned := self.pin.aligned_with(parameters)) is not self.pin:
-            self.pin = pinned_at_zero(aligned.pinned, parameters)
+            self.pin = Pin.at_zero(parameters, aligned.pinned)
         return self.amount > 0 and bool(self.pin)
 
     def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
@@ -358,7 +357,7 @@ class PruningCallback(ContinualCallback):
                 kept |= selectors.prune_weights_(
                     who, pl_module, weights, amount, evidence, scope=self.scope, kept=kept, held=held
                 )
-        self.pin = pinned_at_zero({name: ~one for name, one in kept.items()}, dict(pl_module.named_parameters()))
+        self.pin = Pin.at_zero(dict(pl_module.named_parameters()), {name: ~one for name, one in kept.items()})
         self.rounds_made, self._steps = self.rounds_made + 1, 0
         metrics = {f"pruning/sparsity/{name}": float(one.float().mean()) for name, one in self.pin.pinned.items()}
         for logger in trainer.loggers:
@@ -397,4 +396,4 @@ class PruningCallback(ContinualCallback):
         super().load_state_dict(state_dict)
         self.rounds_made = sum(0 < one <= state_dict["amount"] for one in self.amounts)
         self._steps, self._first_epoch = state_dict["steps"], state_dict["first_epoch"]
-        self.pin = pinned_at_zero(state_dict["pinned"], state_dict["pinned"])
+        self.pin = Pin.at_zero(state_dict["pinned"], state_dict["pinned"])

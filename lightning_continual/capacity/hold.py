@@ -46,6 +46,11 @@ class Hold:
         self.weights.put_back_(dict(module.named_parameters()))
         self.statistics.put_back_(dict(module.named_buffers()))
 
+    def put_into_(self, state_dict: dict[str, Tensor]) -> None:
+        """Put weights and statistics into a ``state_dict``; see `Pin.put_into_`."""
+        self.weights.put_into_(state_dict)
+        self.statistics.put_into_(state_dict)
+
     def end(self) -> None:
         """Take the hooks away; a second time it does nothing."""
         while self._ends:

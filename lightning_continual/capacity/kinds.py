@@ -105,7 +105,7 @@ def pin_of_cut(wiring: Wiring, tensors: Mapping[str, Tensor], active: Tensor) ->
         0
     """
     places = {name: one for name, one in cut_weights(wiring, tensors, active).items() if bool(one.any())}
-    return Pin(places, {name: torch.zeros_like(tensors[name]) for name in places})
+    return Pin.at_zero(tensors, places)
 
 
 def reset_free_(module: nn.Module, wiring: Wiring, active: Tensor, *, seed: int) -> None:

@@ -231,17 +231,24 @@ def test_one_fit_a_task_and_restore_keep_old_tasks_too(trainer: Make, tmp_path: 
 
 @pytest.mark.parametrize("norms", ["hold", "per-task"])
 @pytest.mark.parametrize("comes_first", [True, False], ids="average_first={}".format)
-def test_an_average_of_weights_changes_nothing_of_tasks_learnt(trainer: Make, comes_first: bool, norms: Any) -> None:
+def test_an_average_of_weights_changes_nothing_of_tasks_learnt(
+    trainer: Make, tmp_path: Path, comes_first: bool, norms: Any
+) -> None:
     module, compression = net(), packnet(norms=norms)
     watch, average = Watch(compression), EMAWeightAveraging(decay=0.9)
     order = [average, compression] if comes_first else [compression, average]
-    trainer(TaskStream(3), *order, watch, precision="64-true", num_sanity_val_steps=0).fit(module, datamodule=data_of())
+    fit = trainer(TaskStream(3), *order, watch, precision="64-true", num_sanity_val_steps=0)
+    fit.fit(module, datamodule=data_of())
     require_as_learnt(compression, watch, module)
+    if comes_first:
+        fit.save_checkpoint(tmp_path / "deployed.ckpt")
+        restore(tmp_path / "deployed.ckpt", deployed := net(), [])
+        require_as_learnt(compression, watch, deployed)
 
 
 @pytest.mark.parametrize("norms", ["hold", "per-task"])
 @pytest.mark.parametrize("average", ["SWA", "EMA"])
-def test_one_fit_a_task_may_end_with_an_average(trainer: Make, average: str, norms: Any) -> None:
+def test_one_fit_a_task_may_end_with_an_average(trainer: Make, tmp_path: Path, average: str, norms: Any) -> None:
     module, compression, data = net(), packnet(norms=norms), data_of()
     watch = Watch(compression)
     for task in range(3):
@@ -249,7 +256,10 @@ def test_one_fit_a_task_may_end_with_an_average(trainer: Make, average: str, nor
         swa = StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1)
         first = swa if average == "SWA" else EMAWeightAveraging(decay=0.9)
         options = {"max_epochs": 3, "precision": "64-true", "num_sanity_val_steps": 0}
-        trainer(first, compression, **options).fit(module, datamodule=data)
+        fit = trainer(first, compression, **options)
+        fit.fit(module, datamodule=data)
+        fit.save_checkpoint(tmp_path / "deployed.ckpt")
+        restore(tmp_path / "deployed.ckpt", module, [])
         watch.on_task_end(cast(Any, None), module, task)
     require_as_learnt(compression, watch, module)
 
@@ -267,6 +277,7 @@ def test_a_fit_that_trains_nothing_writes_nothing(trainer: Make) -> None:
     trainer(compression, max_epochs=1, precision="64-true").fit(module, datamodule=data_of())
     with torch.no_grad():
         module.first.weight.fill_(1.0)
+    compression.setup(trainer(compression), module, "fit")
     compression.on_fit_end(trainer(compression), module)
     assert module.first.weight.eq(1.0).all()
 

@@ -292,15 +292,20 @@ def test_so_they_do_where_what_is_kept_is_retrained_after_a_deep_cut(
 @pytest.mark.parametrize("comes_first", [True, False], ids="average_first={}".format)
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 def test_so_they_do_where_averages_take_the_place_of_weights(
-    trainer: Callable[..., L.Trainer], kind: str, comes_first: bool
+    trainer: Callable[..., L.Trainer], tmp_path: Path, kind: str, comes_first: bool
 ) -> None:
     L.seed_everything(3, verbose=False)
     module, method = Network(kind, "adamw"), clnp(kind)
     logits, average = Logits(method), EMAWeightAveraging(decay=0.9)
     order = [average, method] if comes_first else [method, average]
-    trainer(TaskStream(2), *order, logits, num_sanity_val_steps=0).fit(module, datamodule=stream())
+    fit = trainer(TaskStream(2), *order, logits, num_sanity_val_steps=0)
+    fit.fit(module, datamodule=stream())
     logits.require_same(module)
     require_some_of_each(method)
+    if comes_first:
+        fit.save_checkpoint(tmp_path / "deployed.ckpt")
+        restore(tmp_path / "deployed.ckpt", deployed := Network(kind), [])
+        logits.require_same(deployed)
 
 
 def test_the_score_before_the_cut_is_that_of_the_weights_and_not_of_their_average(
@@ -324,16 +329,20 @@ def test_the_score_before_the_cut_is_that_of_the_weights_and_not_of_their_averag
 @pytest.mark.parametrize("average", ["SWA", "EMA"])
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 def test_so_they_do_in_one_fit_a_task_each_of_which_ends_with_an_average(
-    trainer: Callable[..., L.Trainer], kind: str, average: str
+    trainer: Callable[..., L.Trainer], tmp_path: Path, kind: str, average: str
 ) -> None:
     L.seed_everything(3, verbose=False)
     module, method = Network(kind, "adamw"), shared(threshold=0.0, retrain_epochs=0)
     logits, data = Logits(method), stream()
     for task in range(3):
+        if task > 0:  # as in another process, from what was deployed
+            restore(tmp_path / "deployed.ckpt", module := Network(kind, "adamw"), [method, logits])
         data.current_task = task
         swa = StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1)
         first = swa if average == "SWA" else EMAWeightAveraging(decay=0.9)
-        trainer(first, method, logits, max_epochs=3, num_sanity_val_steps=0).fit(module, datamodule=data)
+        fit = trainer(first, method, logits, max_epochs=3, num_sanity_val_steps=0)
+        fit.fit(module, datamodule=data)
+        fit.save_checkpoint(tmp_path / "deployed.ckpt")
         assert len(logits.logits) == task + 1
     logits.require_same(module)
     assert all(one.new > 0 for one in method.learnt.counts)
