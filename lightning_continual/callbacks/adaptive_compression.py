@@ -82,8 +82,9 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
     given.
 
     ``trainer.test`` with a loader a task, as those of a `ContinualDataModule`, sees each loader's task. In the
-    callbacks list put it before `AccuracyMatrixCallback`. To every logger go ``compression/share``, ``free`` and
-    ``score`` and, where it takes them, the tables and figures ``compression/trials`` and ``compression/capacity``.
+    callbacks list put it before `AccuracyMatrixCallback`, and after Lightning's averages of weights. To every logger go
+    ``compression/share``, ``free`` and ``score`` and, where it takes them, the tables and figures
+    ``compression/trials`` and ``compression/capacity``.
 
     Args:
         tolerance: How much of the score one is ready to lose at each task's end.

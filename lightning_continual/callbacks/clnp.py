@@ -57,9 +57,11 @@ class CLNPCallback(ContinualCallback):
 
     Needed are layers that keep units apart: linear layers, convolutions, batch norms, activations, pooling, flatten,
     residual sums, dropout; who reads whom is found by tracing. In the callbacks list put it before
-    `AccuracyMatrixCallback` and `EWCCallback`, which then see the network after the cut. What the paper leaves open
-    (activity of channels, the search, the scale of thresholds) is our reading. To every logger go the `UnitCounts` as
-    ``clnp/{layer}/free``, ``new``, ``reused``, ``idle`` and, where it takes them, the table and figure ``clnp/units``.
+    `AccuracyMatrixCallback` and `EWCCallback`, which then see the network after the cut, and after Lightning's averages
+    of weights (`EMAWeightAveraging`, `StochasticWeightAveraging`), which then are what is cut. What the paper leaves
+    open (activity of channels, the search, the scale of thresholds) is our reading. To every logger go the `UnitCounts`
+    as ``clnp/{layer}/free``, ``new``, ``reused``, ``idle`` and, where it takes them, the table and figure
+    ``clnp/units``.
 
     Args:
         tolerance: m, how much of the score may be lost at each task's end, before any retraining.
