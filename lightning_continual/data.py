@@ -88,6 +88,9 @@ class TaskLoader(DataLoader[Any]):
         loader: Further arguments of `torch.utils.data.DataLoader`.
     """
 
+    serves_its_sampler = True
+    """What it serves is what its sampler draws, and nothing else: another order may take its place."""
+
     def __init__(
         self,
         dataset: Any,

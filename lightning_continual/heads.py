@@ -84,7 +84,7 @@ class TaskHead(nn.Module):
     def task(self, task: int | None) -> None:
         self._task = self._checked(task)
 
-    def forward(self, x: Tensor, task: int | Literal["current"] | None = "current") -> Tensor:
+    def forward(self, x: Tensor, task: int | Tensor | Literal["current"] | None = "current") -> Tensor:
         r"""Return the outputs of one task, or of all.
 
         Args:
@@ -95,9 +95,9 @@ class TaskHead(nn.Module):
             Outputs ``(B, *, O_t)``; for None, or where ``masked``, ``(B, *, O)`` with :math:`O = \sum_t O_t`.
 
         Raises:
-            ValueError: If there is no such task.
+            ValueError: If there is no such task, or more than one.
         """
-        task = self._task if task == "current" else self._checked(task)
+        task = self._task if not isinstance(task, Tensor) and task == "current" else self._checked(task)
         if task is None:
             return torch.cat([layer(x) for layer in self.layers], dim=-1)
         outputs: Tensor = self.layers[task](x)
@@ -110,7 +110,14 @@ class TaskHead(nn.Module):
         """Return what `print` shows of it."""
         return f"{self.in_features}, {self.out_features}, masked={self.masked}, task={self.task}"
 
-    def _checked(self, task: int | None) -> int | None:
+    def _checked(self, task: int | Tensor | None) -> int | None:
+        if isinstance(task, Tensor):
+            if task.numel() != 1:
+                raise ValueError(
+                    f"`task` must be one number for all samples, but got a tensor of shape {tuple(task.shape)}. Pass"
+                    " `int(task[0])`, and let all samples of a batch be of one task."
+                )
+            task = int(task)
         if task is not None and not 0 <= task < self.num_tasks:
             raise ValueError(
                 f"`task` must lie in 0..{self.num_tasks - 1}, or be None for the outputs of all tasks, but got {task}."

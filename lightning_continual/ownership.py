@@ -191,7 +191,7 @@ class Parts:
         own: Those of which each task has a copy of its own.
         heads: For each task the parameters of its layers in a `TaskHead`.
         rest: All others that are trained: biases, norms, embeddings, and weights not asked for.
-        norms: The modules that keep running statistics.
+        norms: The modules that keep running statistics, but for those in a head of which each task has a copy.
         statistics: These statistics, which are buffers.
         buffers: All other buffers of the state, which training may change whatever is held.
     """
@@ -244,7 +244,9 @@ def parts_of(module: nn.Module, parameters: Sequence[str], head: Sequence[str]) 
                 raise ValueError(f"`{argument}` has the pattern {pattern!r}, which names none of {there}.")
     rest = [name for name in named if name not in {*taken, *own, *owned}]
     norms = {
-        name: one for name, one in module.named_modules() if isinstance(one, _NormBase) and one.running_mean is not None
+        name: one
+        for name, one in module.named_modules()
+        if isinstance(one, _NormBase) and one.running_mean is not None and not _matches(f"{name}.running_mean", head)
     }
     statistics = [f"{name}.{buffer}".lstrip(".") for name, one in norms.items() for buffer, _ in one.named_buffers()]
     saved = module.state_dict().keys() - {*statistics}

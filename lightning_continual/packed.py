@@ -57,8 +57,13 @@ class Packed:
         """Return it for a module as it stands; before the first task all its weights are free.
 
         Raises:
-            ValueError: If a weight with owners is gone or of another shape, or one has none.
+            ValueError: If a weight with owners is gone or of another shape, or one has none; if there are no weights.
         """
+        if not self.found and not parts.weights:
+            raise ValueError(
+                "`parameters` must name weights that are trained and that tasks can share, but names none outside of"
+                " the heads. Train more than the heads (`requires_grad`), or name fewer layers by `head`."
+            )
         if not self.found:
             return Packed(Ownership.of_nobody({name: parameters[name] for name in parts.weights}))
         if new := [name for name in parts.weights if name not in self.ownership.owners]:

@@ -93,9 +93,9 @@ class ShareSearch:
         \text{constrained:}\quad \max \bar p \quad\text{where}\quad s(p) \ge s_0 - m, \qquad
         \text{scalarised:}\quad \max \frac{s(p)}{s_0} + w \bar p
 
-    Scores that are losses are negated (and :math:`s / s_0` is then :math:`s_0 / s`). A trial whose score is not finite
-    is infeasible. Which trials to make is left to optuna: a Gaussian process with a Matérn-5/2 kernel, and expected
-    improvement times the probability that the constraint holds. The constraint is told as
+    Scores that are losses are negated (and :math:`s / s_0` is then :math:`s_0 / s`, at most 10). A trial whose score is
+    not finite is infeasible. Optuna says what to try: a Gaussian process with a Matérn-5/2 kernel, and expected
+    improvement times the probability that the constraint holds, told as
 
     .. math::
         c = \operatorname{sign}(v) \ln(1 + |v|), \qquad v = \frac{(s_0 - m) - s}{\max(m, 10^{-3} |s_0|)}
@@ -172,8 +172,8 @@ class ShareSearch:
                 raise ValueError(f"`{key}` must be at least 0 and finite, but got {value}.")
         if objective not in ("constrained", "scalarised"):
             raise ValueError(f"`objective` must be 'constrained' or 'scalarised', but got {objective!r}.")
-        if objective == "scalarised" and before == 0:
-            raise ValueError("`before` must not be 0, by which scores are divided. Use the objective 'constrained'.")
+        if objective == "scalarised" and before <= 0:
+            raise ValueError(f"`before` must be above 0 to divide by, but got {before}. Use `objective='constrained'`.")
         self.lows, self.highs = tuple(lows), tuple(highs)
         self.sizes = tuple(sizes or [1.0] * len(lows))
         self.before, self.tolerance, self.higher_is_better = before, tolerance, higher_is_better
@@ -230,9 +230,9 @@ class ShareSearch:
         """Return what is maximised; a trial without score is worth as much as one whose score is 0."""
         if self.objective == "constrained":
             return mean_share(trial.shares, self.sizes)
-        ratio = 0.0
+        ratio, least = 0.0, self.before / 10
         if math.isfinite(trial.score):
-            ratio = trial.score / self.before if self.higher_is_better else self.before / trial.score
+            ratio = trial.score / self.before if self.higher_is_better else self.before / max(trial.score, least)
         return ratio + self.weight * mean_share(trial.shares, self.sizes)
 
     def violation(self, trial: Trial) -> float:

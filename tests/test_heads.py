@@ -372,6 +372,14 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], message: 
         TaskHead(**{"in_features": 4, "out_features": 2, "num_tasks": 3, **arguments})
 
 
+def test_one_task_may_be_a_tensor_and_one_for_each_sample_is_refused() -> None:
+    head, x = TaskHead(4, 2, num_tasks=3), torch.ones(5, 4)
+    assert torch.equal(head(x, task=torch.tensor(1)), head(x, task=1))
+    assert torch.equal(head(x, task=torch.tensor([1])), head(x, task=1))
+    with pytest.raises(ValueError, match=r"`task` must be one number .* shape \(5,\)\. Pass `int\(task\[0\]\)`"):
+        head(x, task=torch.tensor([1, 1, 1, 1, 1]))
+
+
 @pytest.mark.parametrize("task", [-1, 3])
 def test_a_task_that_there_is_not_is_refused(task: int) -> None:
     head = TaskHead(4, 2, num_tasks=3)

@@ -216,6 +216,18 @@ def test_buffers_of_the_state_are_each_tasks_own() -> None:
     assert parts_of(model, ["*"], []).of_each_task(rest=False) == ["layer.mean"]
 
 
+def test_statistics_of_a_norm_in_a_head_are_each_tasks_own() -> None:
+    parts = parts_of(Model(), ["*"], ["norm.*"])
+    statistics = ["norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]
+    assert parts.norms == parts.statistics == []
+    assert parts.of_each_task(rest=False) == ["norm.weight", "norm.bias", *statistics]
+
+
+def test_without_weights_to_share_it_says_so() -> None:
+    with pytest.raises(ValueError, match="`parameters` must name weights that are trained and that tasks can share"):
+        Packed().aligned_with({}, parts_of(nn.BatchNorm1d(2), [], []))
+
+
 def test_what_has_not_changed_is_kept_once() -> None:
     packed, kept = Packed(Ownership.of_nobody({"w": torch.zeros(1)})), {"w": torch.tensor([False])}
     table, mean = torch.ones(2), torch.zeros(2)

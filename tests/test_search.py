@@ -85,6 +85,15 @@ def test_a_loss_may_rise_by_the_tolerance() -> None:
     assert searching.chosen() == Trial((0.7,), 0.6)
     ratio = search(before=0.5, objective="scalarised", weight=1.0, higher_is_better=False)
     assert ratio.value(Trial((0.25,), 1.0)) == 0.5 + 0.25
+    assert ratio.value(Trial((0.25,), 0.0)) == ratio.value(Trial((0.25,), 0.05)) == 10 + 0.25
+
+
+def test_a_share_without_any_error_left_is_chosen() -> None:
+    """The worse of two trials would be, were errors of 0 divided by."""
+    searching = search(before=0.02, objective="scalarised", higher_is_better=False)
+    searching.tell(searching.ask(), 0.0)
+    searching.tell((0.9,), 0.02)
+    assert searching.chosen().shares == (0.5,)
 
 
 def test_the_constraint_has_the_sign_of_the_violation() -> None:
@@ -229,7 +238,11 @@ def test_what_was_found_survives_its_state() -> None:
         ({"tolerance": -1.0}, r"`tolerance` must be at least 0 and finite, but got -1.0"),
         ({"weight": math.inf}, r"`weight` must be at least 0 and finite, but got inf"),
         ({"objective": "both"}, r"`objective` must be 'constrained' or 'scalarised', but got 'both'"),
-        ({"objective": "scalarised", "before": 0.0}, r"`before` must not be 0"),
+        ({"objective": "scalarised", "before": 0.0}, r"`before` must be above 0 to divide by, but got 0.0"),
+        (
+            {"objective": "scalarised", "before": -1.0},
+            r"`before` must be above 0 to divide by, but got -1.0",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -51,17 +52,21 @@ def retrain(trainer: Any, callback: Any, *, epochs: int, seed: int, tick: Callab
     with _fit_kept(trainer), _quiet(trainer, module):
         trainer.callbacks = [callback]
         module.zero_grad(set_to_none=True)
-        trainer.fit_loop.max_batches = retraining_batches(trainer)
+        own, number = set(map(id, trainer.optimizers)), retraining_batches(trainer)
+        trainer.fit_loop.max_batches = math.inf if number == sys.maxsize else number  # as Lightning has it
         trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = epochs, -1
         _seed(seed, trainer.global_rank)
         trainer.strategy.setup_optimizers(trainer)
+        for optimizer in trainer.optimizers:
+            if id(optimizer) in own:  # made once by the module, which returns it again
+                optimizer.state = defaultdict(dict)
         for epoch in range(epochs):
             _train_epoch(trainer, _shuffled(trainer, f"{seed}/{epoch}"), tick)
         module.zero_grad(set_to_none=True)
 
 
 def retraining_batches(trainer: Any) -> int:
-    """Return how many batches of each process `retrain` trains in an epoch."""
+    """Return how many batches of each process `retrain` trains in an epoch; ``sys.maxsize`` where none can tell."""
     loader, size = train_loader(trainer), _plain_size(train_loader(trainer))
     if size is None:
         length = num_batches(loader)
@@ -75,16 +80,29 @@ def retraining_batches(trainer: Any) -> int:
 
 
 @contextmanager
-def weights_kept(module: nn.Module) -> Iterator[None]:
-    """Give a module the values of its parameters and buffers back; meanwhile there is one copy of them."""
+def weights_kept(module: nn.Module, *, if_broken_off: bool = False) -> Iterator[None]:
+    """Give a module the values of its parameters and buffers back; meanwhile there is one copy of them.
+
+    Buffers are given back whether they are written into or replaced.
+
+    Args:
+        module: The module.
+        if_broken_off: Do so only after an exception.
+    """
+    owners = [(one._buffers, dict(one._buffers)) for one in module.modules()]
     tensors = [*module.parameters(), *module.buffers()]
     saved = [one.detach().clone() for one in tensors]
+    is_through = False
     try:
         yield
+        is_through = True
     finally:
-        with torch.no_grad():
-            for one, value in zip(tensors, saved, strict=True):
-                one.data.copy_(value)
+        if not (is_through and if_broken_off):
+            for buffers, before in owners:
+                buffers.update(before)
+            with torch.no_grad():
+                for one, value in zip(tensors, saved, strict=True):
+                    one.data.copy_(value)
 
 
 def share_buffers(module: nn.Module) -> None:
@@ -105,10 +123,11 @@ def _train_epoch(trainer: Any, batches: Iterable[Any], tick: Callable[[], Any] |
     loop.batch_progress.reset_on_run()
     loop.batch_progress.is_last_batch = False
     call._call_lightning_module_hook(trainer, "on_train_epoch_start")
-    for index, batch in enumerate(islice(batches, trainer.fit_loop.max_batches)):
+    is_sized = num_batches(train_loader(trainer)) is not None
+    for index, (batch, is_last) in enumerate(_with_end(batches, trainer.fit_loop.max_batches, is_sized)):
         batch = to_device(trainer, batch)
         loop.batch_progress.increment_ready()
-        loop.batch_progress.is_last_batch = index + 1 == trainer.fit_loop.max_batches
+        loop.batch_progress.is_last_batch = is_last
         call._call_callback_hooks(trainer, "on_train_batch_start", batch, index)
         if call._call_lightning_module_hook(trainer, "on_train_batch_start", batch, index) == -1:
             break
@@ -133,6 +152,19 @@ def _train_epoch(trainer: Any, batches: Iterable[Any], tick: Callable[[], Any] |
     trainer.fit_loop.epoch_progress.increment_completed()
 
 
+def _with_end(batches: Iterable[Any], most: float, is_sized: bool) -> Iterator[tuple[Any, bool]]:
+    """Yield batches and whether each is the last; of data without a length, the next one is read to know it."""
+    left = iter(batches) if most == math.inf else islice(batches, int(most))
+    if is_sized:
+        yield from ((batch, index + 1 == most) for index, batch in enumerate(left))
+        return
+    for batch in left:
+        for following in left:
+            yield batch, False
+            batch = following
+        yield batch, True
+
+
 @contextmanager
 def _fit_kept(trainer: Any) -> Iterator[None]:
     """Give a fit back its optimizers, counts, limits, callbacks and loggers, with counts of their own meanwhile."""
@@ -155,6 +187,7 @@ def _fit_kept(trainer: Any) -> Iterator[None]:
     ]
     saved = [(owner, {name: getattr(owner, name) for name in values}) for owner, values in fresh]
     optimizers, scaler = strategy.optimizers, trainer.precision_plugin.state_dict()
+    states = [(one, one.state, [dict(group) for group in one.param_groups]) for one in optimizers]
     should_stop = trainer.should_stop
     try:
         for optimizer in optimizers:  # off the accelerator, where the fresh ones take their place
@@ -167,7 +200,11 @@ def _fit_kept(trainer: Any) -> Iterator[None]:
         for owner, values in saved:
             for name, value in values.items():
                 setattr(owner, name, value)
-        for optimizer in optimizers:
+        for optimizer, state, groups in states:
+            if optimizer.state is not state:
+                optimizer.state = state
+            for group, before in zip(optimizer.param_groups, groups, strict=True):
+                group.update(before)
             _optimizer_to_device(optimizer, strategy.root_device)
         trainer.precision_plugin.load_state_dict(scaler)
         trainer.should_stop = should_stop
@@ -197,7 +234,8 @@ def _quiet(trainer: Any, module: Any) -> Iterator[None]:
 def _plain_size(loader: DataLoader[Any]) -> int | None:
     """Return the size of a loader's data if it serves every sample once, in order or shuffled; else ``None``."""
     size, sampler = num_samples(loader.dataset), loader.sampler
-    if size is None or loader.batch_size is None:
+    has_own_way = type(loader).__iter__ is not DataLoader.__iter__ and not getattr(loader, "serves_its_sampler", False)
+    if size is None or loader.batch_size is None or has_own_way:
         return None
     if isinstance(sampler, DistributedSampler):
         return size if sampler.dataset is loader.dataset else None
@@ -220,7 +258,9 @@ def _shuffled(trainer: Any, seed: str) -> Iterable[Any]:
     own = order[(torch.arange(number) * trainer.world_size + trainer.global_rank) % size]
     if loader.drop_last and number >= (loader.batch_size or 1):
         own = own[: number - number % (loader.batch_size or 1)]
-    return in_order(loader, own.tolist())
+    ordered = in_order(loader, own.tolist())
+    ordered.generator.manual_seed(_number(f"{seed}/workers of rank {trainer.global_rank}"))
+    return ordered
 
 
 def _number(seed: str) -> int:

@@ -59,6 +59,7 @@ def validation_loader(trainer: Any, task: int, who: str) -> Any:
     if trainer.val_dataloaders is None and loop._data_source.is_defined():
         loop.setup_data()  # as Lightning does when it first validates
     loaders = trainer.val_dataloaders
+    loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
     loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
     if len(loaders) != 1 or loaders[0] is None:
         found = 0 if loaders in ([None], []) else len(loaders)

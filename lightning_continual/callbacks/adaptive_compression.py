@@ -40,7 +40,7 @@ from lightning_continual.ownership import (
     prune_,
 )
 from lightning_continual.packed import Packed
-from lightning_continual.parameters import ParamDict, not_redrawn, redraw_
+from lightning_continual.parameters import ParamDict, not_redrawn, redraw_, trainable
 from lightning_continual.report.ownership import capacity_figure, scores_figure, search_figure
 from lightning_continual.search import Found, Objective, ShareSearch, Trial
 from lightning_continual.stream import ContinualCallback
@@ -105,11 +105,12 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         storage: A file for the SQLite database of all searches, which optuna's dashboard shows.
         seed: Of the searches and of retraining.
         parameters: Patterns of the weights to prune, as ``"backbone.*"``; an empty list does nothing at all.
-        head: Patterns of the parameters of which each task has a copy of its own.
+        head: Patterns of the parameters of which each task has a copy of its own, with the statistics of norms there.
 
     Raises:
         ValueError: If an argument lies outside its range; if the floor cannot be kept; if a task is trained a second
-            time; if the module does not fit to what was learnt; if the score before pruning is NaN.
+            time; if the module does not fit to what was learnt, or trains nothing that tasks can share; if the score
+            before pruning is NaN or, to be divided by, not above 0.
         MisconfigurationException: Without validation data; if ``monitor`` is not logged; if the strategy hides
             gradients; with several training loaders, or one without a length in a fit that ends by ``max_steps``.
         ImportError: If optuna is not installed.
@@ -201,6 +202,7 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         self._is_compressed = False  # the module, and nothing has been trained since
         self._modes: list[tuple[nn.Module, bool]] = []  # of norms, in a batch
         self._norms: list[nn.Module] = []  # whose statistics are held, in a fit
+        self._trained: set[str] | None = None  # the names of what is trained, while a task is
 
     # --- What is known ------------------------------------------------------------------------------------------------
 
@@ -300,7 +302,7 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         """Check that there are weights for the task, and let them start anew."""
         if self._is_neutral:
             return
-        self._is_compressed = False
+        self._is_compressed, self._search = False, {}  # a search of this task was of other weights
         self.packed.require_after(task)
         self._bounds(task)
         if self.restart == "drawn" and self.tasks:
@@ -314,6 +316,7 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
     def _hold(self, pl_module: L.LightningModule) -> Parts:
         """Hold what is owned where it now is."""
         parts, parameters = parts_of(pl_module, self.parameters, self.head), dict(pl_module.named_parameters())
+        self._trained = set(trainable(pl_module))
         self.packed = self.packed.aligned_with(parameters, parts)
         holds_rest = self.norms == "hold"
         self._pin = pin_but(parameters, self.packed.ownership.free(), self.packed.held(parts, rest=holds_rest))
@@ -340,7 +343,10 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Let norms whose statistics are held compute with them."""
+        """Let norms whose statistics are held compute with them; hold what an epoch has begun to train."""
+        if batch_idx == 0 and self._trained not in (None, set(trainable(pl_module))):
+            self._put_back(pl_module)
+            self._hold(pl_module)
         self._free_norms()
         self._modes = [(one, one.training) for one in self._norms]
         for one in self._norms:
@@ -374,7 +380,8 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         parts = self._hold(pl_module)
         is_searched = self.share is None and self.packed.free_share > 0
         found = self._searched(trainer, task, parts) if is_searched else self._given(trainer, task)
-        with self._progress(trainer, task, f"Compressing task {task} by {found.share:.3f}") as tick:
+        title = f"Compressing task {task} by {found.share:.3f}"
+        with self._progress(trainer, task, title) as tick, weights_kept(pl_module, if_broken_off=True):
             kept = self._compress(trainer, task, parts, found.shares, tick)
             found = replace(found, after=self._score(trainer, task, tick))
         tensors = {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
@@ -491,8 +498,10 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
         _host.forget_steps(self)  # and with it the pin of training, whose place in memory the new one takes
         self._pin = Pin()
         self._pin = pin_but(parameters, kept, self.packed.held(parts, rest=self.norms == "hold"))
+        self._trained = None
         retrain(trainer, self, epochs=self.retrain_epochs, seed=seed_of(self.seed, task, "retrain"), tick=tick)
         share_buffers(trainer.lightning_module)
+        self._put_back(trainer.lightning_module)  # should the module write to weights after its last step
         return kept
 
     def _score(
@@ -517,7 +526,8 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
 
     def _progress(self, trainer: L.Trainer, task: int, title: str) -> Any:
         """Show a bar for retraining and scoring once."""
-        total: int | None = self.retrain_epochs * retraining_batches(trainer)
+        number = retraining_batches(trainer)
+        total = None if number == sys.maxsize else self.retrain_epochs * number
         if self.monitor is not None:
             loader = self._validation(trainer, task)
             length, limit = _host.num_batches(loader), _host.validation_limit(trainer, loader)
@@ -555,6 +565,7 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put back what `state_dict` returned."""
         super().load_state_dict(state_dict)
+        self._is_compressed = False  # a task may have been trained since
         self.packed, self._search = Packed.from_state_dict(state_dict["packed"]), dict(state_dict["search"])
 
 

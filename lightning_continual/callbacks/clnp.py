@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_continual import _host, capacity
 from lightning_continual._host.loggers import write_table_and_figure
-from lightning_continual._host.retraining import retrain, retraining_batches, share_buffers
+from lightning_continual._host.retraining import retrain, retraining_batches, share_buffers, weights_kept
 from lightning_continual._host.validation import (
     LastValidation,
     monitored,
@@ -25,7 +26,7 @@ from lightning_continual._host.validation import (
     warn_of_direction,
 )
 from lightning_continual.constraints import Pin
-from lightning_continual.data import seed_of
+from lightning_continual.data import ContinualDataModule, seed_of
 from lightning_continual.report.units import units_figure
 from lightning_continual.stream import ContinualCallback
 
@@ -201,7 +202,7 @@ class CLNPCallback(ContinualCallback):
             if not self._keeps_nothing:
                 self._hold(pl_module)
                 first, data = self._current_task(trainer), _host.data_module_of(trainer)
-                for task in range(first, getattr(data, "num_tasks", first + 1)):
+                for task in range(first, data.num_tasks if isinstance(data, ContinualDataModule) else first + 1):
                     self._require_outputs(trainer, task)
                 if self._is_searched:
                     self._score(trainer, validation_loader(trainer, first, type(self).__name__), limit=1)
@@ -216,7 +217,7 @@ class CLNPCallback(ContinualCallback):
             )
         with _host.observing(pl_module):
             batch = _host.to_device(trainer, next(iter(_host.train_data(trainer, num_samples=2 * trainer.world_size))))
-            self._wiring = units = capacity.find_wiring(pl_module, batch, forward=self._outputs_for)
+        self._wiring = units = capacity.find_wiring(pl_module, batch, forward=self._outputs_for)
         layers = list(dict.fromkeys(name.rpartition(".")[0] for name in units.rows))
         self._strengths = capacity.l1_strengths(pl_module, units, capacity.by_layer(self.l1, layers, "l1"))
         self._thresholds = capacity.by_layer(self.threshold, list(units.layers), "threshold")
@@ -234,17 +235,22 @@ class CLNPCallback(ContinualCallback):
         """Return the numbers of a task's outputs; raise if there are none, or earlier tasks have some of them."""
         classes = self.classes
         if classes is None:
-            tasks = getattr(_host.data_module_of(trainer), "tasks", [])
-            classes = [getattr(one, "classes", None) or () for one in tasks]
+            data = _host.data_module_of(trainer)
+            classes = [one.classes or () for one in data.tasks] if isinstance(data, ContinualDataModule) else []
         units = self._units.outputs_of(task, classes[task] if task < len(classes) else None)
         self.learnt.require_free(units, task, self.num_tasks)
         return units
 
     def on_task_start(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
-        """Warn of layers that have no free units left."""
+        """Warn of layers that have no free units left, and of earlier tasks of which nothing is held."""
         if self._is_neutral or self._keeps_nothing:
             return
         self._require_outputs(trainer, task)
+        if missed := [one for one in range(task) if one not in self.learnt.outputs]:
+            rank_zero_warn(
+                f"`CLNPCallback` was not there at the end of tasks {missed}: nothing of them is held. If they are to be"
+                " kept, `restore` it with the module from a checkpoint that was saved after the last of them."
+            )
         if full := self.learnt.full_layers(self._units):
             rank_zero_warn(
                 f"`CLNPCallback` has no free units for task {task} in layers {full}. They only give what earlier tasks"
@@ -316,17 +322,17 @@ class CLNPCallback(ContinualCallback):
         common = search["threshold"] if search is not None else 0.0
         kept = choice.kept(common)
         active = choice.before | kept
-        capacity.cut_(units, parameters, active)
-        if self.retrain_epochs:
-            self._retrain(trainer, pl_module, task, active)
-            _host.put_back_others(trainer, self)
-        if search is not None:
-            if self.retrain_epochs or choice.is_short(common):
-                search["after"] = self._score(trainer, validation_loader(trainer, task, type(self).__name__))
-            if wrong := capacity.what_went_wrong(
-                search, task, self.tolerance, self.higher_is_better, retrained=self.retrain_epochs > 0
-            ):
-                rank_zero_warn(f"`CLNPCallback` {wrong}")
+        with weights_kept(pl_module, if_broken_off=True):
+            capacity.cut_(units, parameters, active)
+            if self.retrain_epochs:
+                self._retrain(trainer, pl_module, task, active)
+            if search is not None:
+                if self.retrain_epochs or choice.is_short(common):
+                    search["after"] = self._score(trainer, validation_loader(trainer, task, type(self).__name__))
+                if wrong := capacity.what_went_wrong(
+                    search, task, self.tolerance, self.higher_is_better, retrained=self.retrain_epochs > 0
+                ):
+                    rank_zero_warn(f"`CLNPCallback` {wrong}")
         capacity.reset_free_(pl_module, units, active, seed=seed_of(self.seed, task, "clnp"))
         _host.put_back_others(trainer, self)
         self.learnt = self.learnt.after(task, units, kept, outputs.tolist(), search)
@@ -374,11 +380,15 @@ class CLNPCallback(ContinualCallback):
         parameters, strengths = dict(pl_module.named_parameters()), self._strengths
         self.pin |= capacity.pin_of_cut(self._units, parameters, active)
         self._strengths = {}
-        total, seed = self.retrain_epochs * retraining_batches(trainer), seed_of(self.seed, task, "retrain")
+        number, seed = retraining_batches(trainer), seed_of(self.seed, task, "retrain")
+        total = None if number == sys.maxsize else self.retrain_epochs * number
         with _host.progress(trainer, total, f"Retraining what task {task} keeps") as tick:
             retrain(trainer, self, epochs=self.retrain_epochs, seed=seed, tick=tick)
         self._strengths = strengths
         share_buffers(pl_module)
+        self._put_back(pl_module)  # should the module write to weights after its last step
+        capacity.cut_(self._units, parameters, active)
+        _host.put_back_others(trainer, self)
 
     def _log(self, trainer: L.Trainer, task: int) -> None:
         counts, step = [one for one in self.learnt.counts if one.task == task], trainer.global_step

@@ -113,12 +113,13 @@ def find_wiring(module: nn.Module, example_inputs: Any, *, forward: Forward | No
     The layers are found by `unit_groups`: channels that are summed are one unit, a channel owns its columns behind a
     flatten. Served is what keeps units apart, so that what one unit gives does not depend on units that none of its
     weights reads: linear layers, convolutions, batch norms, activations, pooling, dropout. This is tried out on a
-    copy, whose inactive units are given other weights.
+    copy, whose inactive units are given other weights: the outputs must be the same to the bit. Nor may they depend on
+    buffers that a forward pass in training changes, but for the statistics of units (see `batch_norms`).
 
     The outputs are those of a `TaskHead`, or of one linear layer or convolution whose output the module returns.
 
     Args:
-        module: Any module; it is not touched.
+        module: Any module, in the modes that it is trained in; it is not touched.
         example_inputs: See `unit_groups`.
         forward: See `unit_groups`.
 
@@ -137,7 +138,7 @@ def find_wiring(module: nn.Module, example_inputs: Any, *, forward: Forward | No
         train. Use batch norm in its place, or none.
     """
     run = forward or call
-    copied = copy_of(module)
+    copied, modes = copy_of(module), [one.training for one in module.modules()]
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     with undisturbed(copied), at_task(copied, None):
@@ -160,6 +161,7 @@ def find_wiring(module: nn.Module, example_inputs: Any, *, forward: Forward | No
             )
         groups = unit_groups(copied, example_inputs, forward=forward)
         found = _gathered(copied, groups, of_heads or others, task_layers)
+        _require_steady(copied, found, example_inputs, run, modes)
         _require_all(copied, found, used)
         if not found.layers:
             raise ValueError(
@@ -260,6 +262,39 @@ def _gathered(
     return Wiring(layers, ranges, rows, columns, task_layers)
 
 
+def _require_steady(module: nn.Module, found: Wiring, inputs: Any, forward: Forward, modes: Sequence[bool]) -> None:
+    """Raise if the outputs depend on a buffer that training changes, and that is not of units, which could hold it."""
+    probe = copy_of(module)
+    for one, training in zip(probe.modules(), modes, strict=True):
+        one.training = training
+    try:
+        with torch.no_grad():
+            forward(probe, inputs)
+    except Exception:
+        return  # it needs more in training than the two samples, or than `forward` gives it
+    before, after = (dict(one.named_buffers()) for one in (module, probe))
+    shared = [name for name in before if name in after and name not in found.rows]
+    moved = [name for name in shared if not _is_same(before[name], after[name])]
+    outputs = _outputs_of(module, inputs, forward)
+
+    def matter(names: Sequence[str]) -> bool:
+        other = copy_of(module)
+        for name in names:
+            layer, _, kind = name.rpartition(".")
+            other.get_submodule(layer).register_buffer(kind, after[name].clone())
+        return not all(map(_is_same, outputs, _outputs_of(other, inputs, forward)))
+
+    if moved and matter(moved):
+        name = next((one for one in moved if matter([one])), moved[0])
+        layer = name.rpartition(".")[0]
+        kind = type(module.get_submodule(layer)).__name__
+        raise ValueError(
+            f"Buffer {name!r} of layer {layer!r} ({kind}) changes in training, and is not of units that can be told"
+            " apart, as statistics of the inputs are not: all tasks' outputs would change with it. Scale inputs by"
+            " fixed numbers, or set the layer to `eval()` before `fit`."
+        )
+
+
 def _require_all(module: nn.Module, found: Wiring, used: Sequence[str]) -> None:
     """Raise if a weight with influence on the outputs makes no unit."""
     for name in used:
@@ -269,7 +304,8 @@ def _require_all(module: nn.Module, found: Wiring, used: Sequence[str]) -> None:
             raise ValueError(
                 f"Parameter {name!r} of layer {layer!r} ({kind}) makes no units that can be told apart: they go through"
                 " something that mixes them, have fixed sizes, or share it. Use linear layers, convolutions, batch"
-                " norms and `flatten(1)`, and give a PReLU one weight a channel."
+                " norms and `flatten(1)`, and give a PReLU one weight a channel. If the module returns units beside its"
+                " logits, pass `forward`, a function of module and batch that returns the logits alone."
             )
     for name in found.rows:
         layer = name.rpartition(".")[0]
@@ -298,20 +334,32 @@ def _are_apart(module: nn.Module, found: Wiring, layers: Iterable[str], inputs: 
         active[units.start + torch.randperm(len(units))[: len(units) // 2]] = False
     probe = copy_of(module)
     tensors = {**dict(probe.named_parameters()), **dict(probe.named_buffers())}
-    results = []
     with torch.no_grad():
         for name, value in probe.named_parameters():
             value.add_(_noise(value))  # zeros, as in the last norm of a block, would hide what is mixed
             if name in found.columns:
                 value.mul_(~found.rows[name].of(active, value.ndim) | found.columns[name].of(active, value.ndim))
-        for _ in range(2):
-            torch.manual_seed(0)
-            results.append([one.detach() for one in tensors_of(forward(probe, inputs)) if one.is_floating_point()])
-            for name, places in found.rows.items():
-                free = ~places.of(active, tensors[name].ndim)
-                tensors[name].add_(free * _noise(tensors[name]).abs())
-    pairs = zip(*results, strict=True)
-    return all(bool((one - two).norm() <= torch.finfo(one.dtype).eps ** 0.5 * one.norm()) for one, two in pairs)
+        before, again = (_outputs_of(probe, inputs, forward) for _ in range(2))
+        is_same = _is_same if all(map(_is_same, before, again)) else _is_close  # kernels may be not deterministic
+        for name, places in found.rows.items():
+            free = ~places.of(active, tensors[name].ndim)
+            tensors[name].add_(free * _noise(tensors[name]).abs())
+        return all(map(is_same, before, _outputs_of(probe, inputs, forward)))
+
+
+def _outputs_of(module: nn.Module, inputs: Any, forward: Forward) -> list[Tensor]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return [one for one in tensors_of(forward(module, inputs)) if one.is_floating_point()]
+
+
+def _is_same(one: Tensor, two: Tensor) -> bool:
+    """Return whether tensors are the same to the bit; so are infinities, and what is not a number."""
+    return one.shape == two.shape and bool(((one == two) | (one.isnan() & two.isnan())).all())
+
+
+def _is_close(one: Tensor, two: Tensor) -> bool:
+    return bool((one - two).norm() <= torch.finfo(one.dtype).eps ** 0.5 * one.norm())
 
 
 def _noise(value: Tensor) -> Tensor:

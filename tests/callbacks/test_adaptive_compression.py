@@ -7,6 +7,7 @@ import csv
 import gc
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,6 +19,7 @@ import pytest
 import torch
 from conftest import make_tasks
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     EMAWeightAveraging,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
@@ -27,7 +29,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_continual import (
@@ -214,6 +216,74 @@ def test_heads_of_old_tasks_are_held(trainer: Make) -> None:
     trainer(TaskStream(2), compression, Watch(compression), precision="64-true").fit(module, datamodule=data_of())
 
 
+class MaxNorm(Net):
+    """Scales rows of weights down after every step."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        with torch.no_grad():
+            for layer in (self.first, self.second):
+                layer.weight.copy_(torch.renorm(layer.weight, 2, 0, 0.5))
+
+
+def test_a_module_that_writes_to_its_weights_after_steps_changes_no_old_task(trainer: Make) -> None:
+    L.seed_everything(3, verbose=False)
+    module, compression = MaxNorm().double(), packnet()
+    trainer(TaskStream(2), compression, Watch(compression), precision="64-true").fit(module, datamodule=data_of())
+
+
+class Thaw(BaseFinetuning):
+    """Freezes the first layers, and thaws them in the second epoch."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze([pl_module.first, pl_module.norm], train_bn=False)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group([pl_module.first, pl_module.norm], optimizer, lr=0.05)
+
+
+class Filtered(Net):
+    """Trains what is not frozen when it is asked for its optimizers."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([one for one in self.parameters() if one.requires_grad], lr=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
+def test_layers_that_thaw_within_a_task_are_held(trainer: Make) -> None:
+    L.seed_everything(3, verbose=False)
+    module, compression, data = Filtered().double(), packnet(), data_of()
+    watch = Watch(compression)
+    for task in range(2):
+        data.current_task = task
+        trainer(Thaw(), compression, max_epochs=3, precision="64-true").fit(module, datamodule=data)
+        watch.on_task_end(cast(Any, None), module, task)
+
+
+class Unsteady(Filtered):
+    """Freezes its first layer for its first epoch, that of retraining too."""
+
+    def on_train_epoch_start(self) -> None:
+        self.first.requires_grad_(self.current_epoch > 0)
+
+
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
+def test_layers_that_thaw_while_retraining_stay_pruned(trainer: Make) -> None:
+    L.seed_everything(3, verbose=False)
+    module, compression = Unsteady(OPTIMIZERS["SGD"]).double(), packnet(retrain_epochs=2)
+    module.configure_optimizers = lambda: OPTIMIZERS["SGD"](module.parameters())
+    checked = []
+
+    class Check(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            for name, owners in compression.packed.ownership.owners.items():
+                assert torch.equal(pl_module.get_parameter(name) == 0, owners == 0)
+                checked.append(name)
+
+    trainer(compression, Check(), max_epochs=2, precision="64-true").fit(module, datamodule=data_of())
+    assert checked == ["first.weight", "second.weight"]
+
+
 def test_one_fit_a_task_and_restore_keep_old_tasks_too(trainer: Make, tmp_path: Path) -> None:
     compression, data, seen = packnet(), data_of(), []
     for task in range(3):
@@ -351,6 +421,18 @@ def test_one_output_layer_serves_too(trainer: Make, head: Any) -> None:
     watch = Watch(compression)
     trainer(TaskStream(2), compression, watch, precision="64-true").fit(module, datamodule=data_of())
     assert ("head.weight" in compression.packed.ownership.owners) == (head == ())
+
+
+def test_a_norm_in_a_head_has_a_copy_a_task_too(trainer: Make) -> None:
+    L.seed_everything(3, verbose=False)
+    module, compression = Single(), packnet(head="head.*")
+    module.head = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6))
+    trainer(TaskStream(2), compression, Watch(compression), precision="64-true").fit(
+        module.double(), datamodule=data_of()
+    )
+    means = [compression.packed.copies[task]["head.1.running_mean"] for task in range(3)]
+    assert not torch.equal(means[0], means[1])
+    assert not torch.equal(means[1], means[2])
 
 
 class Recurrent(L.LightningModule):
@@ -619,6 +701,76 @@ def test_retraining_has_optimizers_and_schedules_of_its_own(trainer: Make) -> No
     assert_close(torch.tensor(RATES), torch.tensor((expected + again) * 3))
 
 
+class Unsized(IterableDataset[Any]):
+    """24 samples, which it does not say."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(double_tasks()[0].train)
+
+
+class Stepwise(Net):
+    """Lowers its rate after every epoch, and notes rates and steps, and how many it is told there will be."""
+
+    def configure_optimizers(self) -> Any:
+        TOTALS.append(self.trainer.estimated_stepping_batches)
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        RATES.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return super().training_step(batch, batch_idx)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        RATES.append(0.0)
+
+
+TOTALS: list[float] = []
+
+
+@pytest.mark.parametrize("limit", [1.0, 9], ids="limit_train_batches={}".format)
+def test_data_without_a_length_have_an_end_in_retraining_too(trainer: Make, limit: Any) -> None:
+    """Epochs of 6 batches, 4 to a step: what is left over steps at the end, and the schedule goes on."""
+    RATES.clear()
+    TOTALS.clear()
+    module = Stepwise().double()
+    runner = trainer(
+        packnet(retrain_epochs=2),
+        max_epochs=2,
+        accumulate_grad_batches=4,
+        limit_train_batches=limit,
+        precision="64-true",
+    )
+    runner.fit(module, DataLoader(Unsized(), 4))
+    epoch = torch.tensor([1.0, 1, 1, 1, 0, 1, 1, 0])
+    assert_close(torch.tensor(RATES[-16:]), torch.cat([0.1 * epoch, 0.01 * epoch]))
+    assert len(TOTALS) == 2
+    assert TOTALS[0] == TOTALS[1]
+
+
+def test_data_without_a_length_have_a_bar_without_a_total(trainer: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(packnet(), TQDMProgressBar(1), max_epochs=1, precision="64-true", enable_progress_bar=True).fit(
+        net(), DataLoader(Unsized(), 4)
+    )
+    printed = capsys.readouterr().out
+    assert "Compressing task 0 by 0.500: 0it" in printed
+    assert str(sys.maxsize) not in printed
+
+
+class Noise(Dataset[Any]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, place: int) -> Any:
+        return torch.rand(4).double(), 0
+
+
+def test_workers_draw_something_else_in_each_epoch_of_retraining(trainer: Make) -> None:
+    trainer(packnet(retrain_epochs=2), max_epochs=1, precision="64-true").fit(
+        net(), DataLoader(Noise(), 4, num_workers=1)
+    )
+    assert not torch.equal(RETRAINED[0][0][0], RETRAINED[1][0][0])
+
+
 class Manual(Net):
     """Two optimizers, stepped by hand."""
 
@@ -658,6 +810,26 @@ def test_a_sampler_of_the_users_own_is_used(trainer: Make) -> None:
     numbers = {round(float(x)) for batch in RETRAINED[0] for x in batch[0][:, 0] * 1000}
     assert len(RETRAINED[0]) == 3
     assert numbers <= {0, 1, 2}
+
+
+class Doubling(DataLoader[Any]):
+    """Changes batches as it serves them, as loaders that mix or augment do."""
+
+    def __iter__(self) -> Any:
+        return ([2 * x, y] for x, y in super().__iter__())
+
+
+def test_a_loader_that_serves_in_a_way_of_its_own_is_used(trainer: Make) -> None:
+    data = double_tasks()[0].train
+    trainer(packnet(), max_epochs=1, precision="64-true").fit(net(), Doubling(data, len(data)))
+    assert torch.equal(RETRAINED[0][0][0], 2 * data.tensors[0])
+
+
+def test_one_validation_loader_may_have_a_name(trainer: Make) -> None:
+    task, compression = double_tasks()[0], searched()
+    loaders: Any = {"held out": DataLoader(task.val, 4)}
+    trainer(compression, max_epochs=1, precision="64-true").fit(net(), DataLoader(task.train, 4), loaders)
+    assert len(compression.trials(0)) == 3
 
 
 def test_an_order_that_is_not_shuffled_stays(trainer: Make) -> None:
@@ -700,6 +872,47 @@ def test_a_search_ends_as_if_its_share_had_been_given(trainer: Make) -> None:
     assert one[1:3] == two[1:3] == [12, 2]
     assert one[3]
     assert all(torch.equal(a, b) for a, b in zip(one[3], two[3], strict=True))
+
+
+class Replacing(Net):
+    """Keeps a running mean of its inputs in a buffer, which every step replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - self.mean)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * batch[0].mean(0)
+        return super().training_step(batch, batch_idx)
+
+
+class Ready(Net):
+    """Makes its optimizer once, and returns it whenever it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.optimizer = torch.optim.SGD(self.double().parameters(), lr=0.05, momentum=0.9)
+
+    def configure_optimizers(self) -> Any:
+        return [self.optimizer], [torch.optim.lr_scheduler.StepLR(self.optimizer, 1, 0.5)]
+
+
+@pytest.mark.parametrize("kind", [Replacing, Ready])
+def test_trials_leave_no_trace_in_what_a_module_makes_itself(trainer: Make, kind: Any) -> None:
+    ends: list[Any] = []
+    for share in (None, 0):
+        L.seed_everything(3, verbose=False)
+        module = kind().double()
+        compression = searched() if share is None else packnet(share=ends[0][1].packed.found[0].share)
+        trainer(compression, max_epochs=2, precision="64-true").fit(module, datamodule=data_of())
+        ends.append((module.state_dict(), compression))
+    assert all(torch.equal(value, ends[1][0][name]) for name, value in ends[0][0].items())
+    if kind is Ready:
+        assert module.optimizer.param_groups[0]["lr"] == pytest.approx(0.05 / 4)  # of two epochs, not of retraining
+        assert module.optimizer.state
 
 
 class Counting(Net):
@@ -842,7 +1055,7 @@ def stream_run(trainer: Make, folder: Path, *, stop_at: int | None = None, **opt
     return module, compression
 
 
-@pytest.mark.parametrize("stop_at", [3, 7], ids="retraining {}".format)
+@pytest.mark.parametrize("stop_at", [5, 7], ids="retraining {}".format)
 def test_broken_off_in_a_search_it_goes_on_with_the_trials_it_has(trainer: Make, tmp_path: Path, stop_at: int) -> None:
     whole, expected = stream_run(trainer, tmp_path)
     retrained = len(RETRAINED)
@@ -858,6 +1071,39 @@ def test_broken_off_in_a_search_it_goes_on_with_the_trials_it_has(trainer: Make,
     for task in range(3):
         assert compression.trials(task) == expected.trials(task)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_task_that_begins_anew_is_searched_anew(trainer: Make) -> None:
+    """The trials of a fit that was broken off are of other weights."""
+    module, compression = net(), searched(0.5)
+
+    def interrupt() -> None:
+        if len(RETRAINED) == 2:
+            raise BrokenOffError
+
+    module.on_validation_start = interrupt
+    with suppress(BrokenOffError):
+        trainer(compression, max_epochs=1, precision="64-true").fit(module, datamodule=data_of())
+    assert len(compression.state_dict()["search"]["trials"]) == 1
+    RETRAINED.clear()
+    module.on_validation_start = lambda: None
+    trainer(compression, max_epochs=1, precision="64-true").fit(module, datamodule=data_of())
+    assert len(RETRAINED) == 4
+
+
+def test_a_callback_that_has_ended_a_task_can_go_back_into_it(trainer: Make, tmp_path: Path) -> None:
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    module, compression, ends = net(), packnet(), []
+    for path in (None, tmp_path / "within.ckpt"):
+        trainer(compression, Save(), max_epochs=1, precision="64-true").fit(
+            module, datamodule=data_of(), ckpt_path=path, weights_only=True
+        )
+        ends.append(copy.deepcopy(module.state_dict()))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_killed_in_a_search_it_has_the_trials_from_storage(trainer: Make, tmp_path: Path) -> None:
@@ -1125,6 +1371,25 @@ def test_a_pattern_that_names_nothing_is_named(trainer: Make) -> None:
         trainer(TaskStream(1), packnet(parameters=["third.*"])).fit(net(), datamodule=data_of())
     with pytest.raises(ValueError, match=r"`head` has the pattern 'third\.\*', which names none of"):
         trainer(TaskStream(1), packnet(head=["third.*"])).fit(net(), datamodule=data_of())
+
+
+def test_a_module_with_nothing_to_share_is_named_before_training(trainer: Make) -> None:
+    module = net()
+    for frozen in (module.first, module.norm, module.second):
+        frozen.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"`parameters` must name weights that are trained.*Train more than the heads"):
+        trainer(TaskStream(1), packnet()).fit(module, datamodule=data_of())
+
+
+def test_what_is_frozen_after_the_first_task_stays(trainer: Make) -> None:
+    module, compression, data = net(), packnet(), data_of()
+    watch = Watch(compression)
+    for task in range(2):
+        data.current_task = task
+        trainer(compression, max_epochs=1, precision="64-true").fit(module, datamodule=data)
+        watch.on_task_end(cast(Any, None), module, task)
+        for frozen in (module.first, module.norm, module.second):
+            frozen.requires_grad_(False)
 
 
 def test_a_task_that_was_learnt_is_not_trained_again(trainer: Make) -> None:

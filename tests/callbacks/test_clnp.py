@@ -12,7 +12,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from conftest import Classifier, make_tasks
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, OnExceptionCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -379,6 +379,61 @@ def test_so_they_do_over_a_resume_which_changes_nothing(
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in whole.state_dict().items())
     assert again.learnt.counts == first.learnt.counts
     assert again.learnt.searches == first.learnt.searches
+
+
+class Shrinking(Network):
+    """Writes to its weights after each batch."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        with torch.no_grad():
+            for parameter in self.body.parameters():
+                parameter.mul_(0.999)
+
+
+def test_so_they_do_where_the_module_writes_to_its_weights(trainer: Callable[..., L.Trainer]) -> None:
+    L.seed_everything(3, verbose=False)
+    module, method = Shrinking("mlp"), shared(threshold=0.05)
+    logits = Logits(method)
+    trainer(TaskStream(2), method, logits).fit(module, datamodule=stream())
+    logits.require_same(module)
+
+
+class BrokenOffError(RuntimeError):
+    pass
+
+
+class Breaking(Network):
+    """Breaks in a training step, of 8 in a task."""
+
+    def __init__(self, *args: Any, step: int) -> None:
+        super().__init__(*args)
+        self.steps_left = step
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.steps_left -= 1
+        if self.steps_left == 0:
+            raise BrokenOffError
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*(was called without a model|no last checkpoint available)")
+@pytest.mark.parametrize("step", [9, 13], ids="step={}".format)
+def test_broken_off_in_retraining_and_resumed_it_ends_as_if_it_had_not_been(
+    trainer: Callable[..., L.Trainer], tmp_path: Path, step: int
+) -> None:
+    L.seed_everything(3, verbose=False)
+    whole, first = Network("cnn", "adam"), shared()
+    trainer(TaskStream(2), first).fit(whole, datamodule=stream())
+    L.seed_everything(3, verbose=False)
+    with pytest.raises(BrokenOffError):
+        trainer(TaskStream(2), shared(), OnExceptionCheckpoint(tmp_path), enable_checkpointing=True).fit(
+            Breaking("cnn", "adam", step=step), datamodule=stream()
+        )
+    module, again = Network("cnn", "adam"), shared()
+    path = tmp_path / "on_exception.ckpt"
+    trainer(TaskStream(2), again).fit(module, datamodule=stream(), ckpt_path=path, weights_only=True)
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert again.learnt.counts == first.learnt.counts
 
 
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
@@ -773,6 +828,48 @@ def test_a_layer_without_free_units_is_warned_of_before_training(trainer: Callab
         module.body[1].bias.fill_(5.0)  # every unit is active
     with pytest.warns(UserWarning, match=r"no free units for task 1 in layers 'body\.1' \(0 of 24\)\. They only"):
         trainer(TaskStream(1), method).fit(module, datamodule=stream())
+
+
+def test_earlier_tasks_of_which_nothing_is_held_are_warned_of(trainer: Callable[..., L.Trainer]) -> None:
+    data = stream()
+    data.current_task = 2
+    with pytest.warns(
+        UserWarning, match=r"not there at the end of tasks \[0, 1\]: nothing of them is held\. If .* `rest"
+    ):
+        trainer(clnp(), max_epochs=1).fit(Network(), datamodule=data)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_a_data_module_of_the_users_own_may_have_attributes_of_the_same_names(
+    trainer: Callable[..., L.Trainer],
+) -> None:
+    class Own(L.LightningDataModule):
+        num_tasks, tasks = 5, 3
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(images()[0].train, 12)
+
+    method = clnp(classes=[[0, 1]])
+    trainer(method, max_epochs=1, limit_val_batches=0).fit(Network(plain=True), datamodule=Own())
+    assert method.learnt.outputs == {0: [0, 1]}
+    message = r"found none for task 0\. Pass `classes=`"
+    with pytest.raises(ValueError, match=message):
+        trainer(clnp(), max_epochs=1, limit_val_batches=0).fit(Network(plain=True), datamodule=Own())
+
+
+@pytest.mark.filterwarnings("ignore:Found 1 module")
+def test_statistics_of_inputs_are_refused_in_training_and_served_as_they_are_in_evaluation(
+    trainer: Callable[..., L.Trainer],
+) -> None:
+    L.seed_everything(3, verbose=False)
+    module, method = Network(), clnp()
+    module.body = nn.Sequential(nn.BatchNorm2d(1, affine=False), module.body)
+    method.threshold, logits = {"*": 0.3}, Logits(method)
+    message = r"Buffer 'body\.0\.running_mean' of layer 'body\.0' \(BatchNorm2d\) changes in training"
+    fails(trainer, clnp(), module, stream(), ValueError, message)
+    module.body[0].eval()
+    trainer(TaskStream(2), method, logits).fit(module, datamodule=stream())
+    logits.require_same(module)
 
 
 def test_a_search_that_finds_nothing_is_told(trainer: Callable[..., L.Trainer]) -> None:

@@ -165,6 +165,74 @@ def test_norms_of_maps_that_mix_channels_or_keep_statistics_are_refused(layer: n
         find_wiring(model, torch.randn(2, 1, 6, 6))
 
 
+class Normed(nn.Module):
+    """Inputs by their running mean, in a buffer of its own."""
+
+    def __init__(self, *, is_read: bool) -> None:
+        super().__init__()
+        self.is_read = is_read
+        self.register_buffer("mean", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1 * x.mean())
+        return x - self.mean if self.is_read else x
+
+
+@pytest.mark.parametrize(
+    ("layer", "buffer", "kind"),
+    [
+        (nn.BatchNorm1d(3), "running_mean", "BatchNorm1d"),
+        (nn.BatchNorm1d(3, affine=False), "running_mean", "BatchNorm1d"),
+        (Normed(is_read=True), "mean", "Normed"),
+    ],
+    ids=["norm", "norm without weights", "own"],
+)
+def test_statistics_of_inputs_that_training_changes_are_refused(layer: nn.Module, buffer: str, kind: str) -> None:
+    module = nn.Sequential(layer, nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    message = rf"Buffer '0\.{buffer}' of layer '0' \({kind}\) changes in training, .* or set the layer to `eval\(\)`"
+    with pytest.raises(ValueError, match=message):
+        find_wiring(module, torch.randn(5, 3))
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm1d(3, affine=False).eval(),
+        nn.BatchNorm1d(3, affine=False, track_running_stats=False),
+        Normed(is_read=False),
+        Normed(is_read=True).eval(),
+    ],
+    ids=["eval", "no statistics", "not read", "own in eval"],
+)
+def test_buffers_that_stay_or_that_outputs_do_not_depend_on_are_served(layer: nn.Module) -> None:
+    module = nn.Sequential(layer, nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+    assert find_wiring(module, torch.randn(5, 3)).layers == {"1": range(4)}
+
+
+def test_what_mixes_units_a_little_is_refused_too() -> None:
+    # In bfloat16 one part in a hundred is little; to the bit it is not the same.
+    for dtype, size in ((torch.bfloat16, 1e-1), (torch.float32, 1e-5)):
+        between = Through(lambda x, size=size: x + size * x.mean(1, keepdim=True))
+        module = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), between, nn.Linear(8, 2)).to(dtype)
+        with pytest.raises(ValueError, match=r"are mixed before they are read|told apart"):
+            find_wiring(module, torch.randn(5, 3, dtype=dtype))
+
+
+def test_units_that_are_returned_beside_the_logits_are_refused_with_the_remedy() -> None:
+    class Both(nn.Sequential):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self[0](x).relu()
+            return self[1](hidden), hidden
+
+    module = Both(nn.Linear(3, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"If the module returns units beside its logits, pass `forward`"):
+        find_wiring(module, torch.randn(5, 3))
+    assert find_wiring(module, torch.randn(5, 3), forward=lambda net, x: net(x)[0]).layers == {"0": range(4)}
+
+
 def test_attention_is_refused() -> None:
     class Attending(nn.Module):
         def __init__(self) -> None:
