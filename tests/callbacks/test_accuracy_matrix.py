@@ -126,7 +126,9 @@ def test_a_held_out_fraction_can_be_scored(trainer: Callable[..., L.Trainer]) ->
 
 def test_loaders_may_grow_from_fit_to_fit(trainer: Callable[..., L.Trainer]) -> None:
     module, loaders = Classifier(), []
-    matrix = AccuracyMatrixCallback("val_loss", loaders=loaders_of(make_tasks()[:1], loaders), verbose=False)
+    matrix = AccuracyMatrixCallback(
+        "val_loss", loaders=loaders_of(make_tasks()[:1], loaders), higher_is_better=False, verbose=False
+    )
     expected = torch.full((3, 3), torch.nan, dtype=torch.float64)
     tasks = make_tasks()
     for month, task in enumerate(tasks):
@@ -212,14 +214,17 @@ def test_two_processes_score_what_one_scores(
 
 
 def test_two_monitors_in_one_trainer_are_told_apart(trainer: Callable[..., L.Trainer], tmp_path: Path) -> None:
-    both = AccuracyMatrixCallback(verbose=False), AccuracyMatrixCallback("val_loss", verbose=False)
+    both = (
+        AccuracyMatrixCallback(verbose=False),
+        AccuracyMatrixCallback("val_loss", higher_is_better=False, verbose=False),
+    )
     first = trainer(TaskStream(), *both)
     first.fit(Classifier(), datamodule=ContinualDataModule(make_tasks(), batch_size=4))
     assert both[0].state_key != both[1].state_key
     first.save_checkpoint(tmp_path / "both.ckpt")
     saved = torch.load(tmp_path / "both.ckpt", weights_only=True)["callbacks"]
     for one in both:
-        again = AccuracyMatrixCallback(one.monitor)
+        again = AccuracyMatrixCallback(one.monitor, higher_is_better=one.higher_is_better)
         again.load_state_dict(saved[one.state_key])
         assert_close(again.matrix.compute(), one.matrix.compute(), rtol=0, atol=0)
 
