@@ -1127,7 +1127,7 @@ def fashion(folder: Path, part: str) -> AtOnce:
 @pytest.mark.slow
 def test_on_fashion_mnist_obd_sd_prunes_better_than_obd_and_magnitude(trainer: Make, real_data: Path) -> None:
     (x, y), whole = fashion(real_data, "t10k").tensors, fashion(real_data, "train")
-    train = AtOnce(*(part[:20_000] for part in whole.tensors))
+    train = AtOnce(*(part[:30_000] for part in whole.tensors))
     scores: dict[tuple[str, float], list[float]] = {}
 
     def fit(module: Fashion, *callbacks: L.Callback, seed: int, epochs: int) -> float:
