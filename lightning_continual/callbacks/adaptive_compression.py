@@ -68,7 +68,8 @@ class AdaptiveCompressionCallback(SeesLoaders, ContinualCallback):
     bounds, blocks, the floor) is our reading.
 
     Retraining is by the module's own ``training_step``, its hooks and optimizers of ``configure_optimizers``, made
-    anew and sized for it; other callbacks rest, and nothing is logged.
+    anew and sized for it; other callbacks rest, nothing is logged, and schedulers that watch a metric stay where they
+    are.
 
     Biases, norms and all else that is trained but not pruned belong to the first task and are held after it, with the
     norms' running statistics (then the norms are in evaluation mode); or each task has its own. Other buffers of the

@@ -12,7 +12,12 @@ import lightning.pytorch as L
 import pytest
 import torch
 from conftest import Classifier, make_tasks
-from lightning.pytorch.callbacks import EMAWeightAveraging, OnExceptionCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    TQDMProgressBar,
+)
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -379,6 +384,17 @@ def test_so_they_do_over_a_resume_which_changes_nothing(
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in whole.state_dict().items())
     assert again.learnt.counts == first.learnt.counts
     assert again.learnt.searches == first.learnt.searches
+
+
+def test_what_takes_time_at_the_boundary_shows_a_bar(
+    trainer: Callable[..., L.Trainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bar = TQDMProgressBar(refresh_rate=1)
+    trainer(TaskStream(1), shared(), bar, enable_progress_bar=True).fit(Network(), datamodule=stream())
+    captured = capsys.readouterr()
+    printed = captured.out + captured.err
+    for title in ("Activities of task 0", "Graceful forgetting of task 1", "Retraining what task 2 keeps"):
+        assert title in printed
 
 
 class Shrinking(Network):
