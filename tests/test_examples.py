@@ -6,6 +6,7 @@ import csv
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.slow
 def run(script: str, *arguments: str, folder: Path) -> str:
     command = [sys.executable, str(EXAMPLES / script), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -158,6 +159,28 @@ def test_segmentation_of_drives_one_after_the_other(tmp_path: Path, real_data: P
     run("adaptive_segmentation.py", "--folder", str(real_data), "--tasks", "drives", *few, folder=tmp_path)
     with (tmp_path / "segmentation" / "table.csv").open() as file:
         assert [row["task"] for row in csv.DictReader(file)] == ["0001TP", "0006R0", "0016E5", "Seq05VD"]
+
+
+@pytest.mark.long
+def test_in_400_units_clnp_is_a_point_above_ewc(tmp_path: Path, real_data: Path) -> None:
+    """Ten permutations, ten epochs each. Leads of seeds 0 to 2 were 1.01, 1.07 and 0.94 points."""
+    pytest.importorskip("torchvision")
+    pytest.importorskip("torch_pruning")
+    common = "--folder", str(real_data), "--width", "400", "--epochs", "10", "--lr", "5e-3"
+    own = {
+        "clnp": ("--retrain-epochs", "5", "--l1", "3e-5", "3e-5", "3e-4"),
+        "ewc": ("--method", "ewc", "--strength", "3000"),
+    }
+    with ThreadPoolExecutor() as threads:
+        runs = [
+            threads.submit(run, "clnp_permuted_mnist.py", *common, *options, folder=tmp_path)
+            for options in own.values()
+        ]
+        printed = [one.result() for one in runs]
+    assert "tasks whose logits have changed since: 0" in printed[0]
+    means = {method: float(read(tmp_path / "clnp" / f"{method}.csv")[method]["mean"]) for method in own}
+    assert means["clnp"] > 97.5
+    assert means["clnp"] - means["ewc"] > 0.8
 
 
 def test_clnp_learns_permuted_digits_and_forgets_nothing(tmp_path: Path, real_data: Path) -> None:
