@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -275,14 +275,14 @@ def _require_steady(module: nn.Module, found: Wiring, inputs: Any, forward: Forw
     before, after = (dict(one.named_buffers()) for one in (module, probe))
     shared = [name for name in before if name in after and name not in found.rows]
     moved = [name for name in shared if not _is_same(before[name], after[name])]
-    outputs = _outputs_of(module, inputs, forward)
+    stays = _comparison(module, inputs, forward)
 
     def matter(names: Sequence[str]) -> bool:
         other = copy_of(module)
         for name in names:
             layer, _, kind = name.rpartition(".")
             other.get_submodule(layer).register_buffer(kind, after[name].clone())
-        return not all(map(_is_same, outputs, _outputs_of(other, inputs, forward)))
+        return not stays(other)
 
     if moved and matter(moved):
         name = next((one for one in moved if matter([one])), moved[0])
@@ -339,12 +339,21 @@ def _are_apart(module: nn.Module, found: Wiring, layers: Iterable[str], inputs: 
             value.add_(_noise(value))  # zeros, as in the last norm of a block, would hide what is mixed
             if name in found.columns:
                 value.mul_(~found.rows[name].of(active, value.ndim) | found.columns[name].of(active, value.ndim))
-        before, again = (_outputs_of(probe, inputs, forward) for _ in range(2))
-        is_same = _is_same if all(map(_is_same, before, again)) else _is_close  # kernels may be not deterministic
+        stays = _comparison(probe, inputs, forward)
         for name, places in found.rows.items():
             free = ~places.of(active, tensors[name].ndim)
             tensors[name].add_(free * _noise(tensors[name]).abs())
-        return all(map(is_same, before, _outputs_of(probe, inputs, forward)))
+        return stays(probe)
+
+
+def _comparison(module: nn.Module, inputs: Any, forward: Forward) -> Callable[[nn.Module], bool]:
+    """Return what says whether a module gives what this one gives now, to the bit.
+
+    Where this one itself does not when asked twice, as with kernels that are not deterministic, up to rounding.
+    """
+    outputs, again = (_outputs_of(module, inputs, forward) for _ in range(2))
+    is_same = _is_same if all(map(_is_same, outputs, again)) else _is_close
+    return lambda other: all(map(is_same, outputs, _outputs_of(other, inputs, forward)))
 
 
 def _outputs_of(module: nn.Module, inputs: Any, forward: Forward) -> list[Tensor]:

@@ -221,6 +221,25 @@ def test_what_mixes_units_a_little_is_refused_too() -> None:
             find_wiring(module, torch.randn(5, 3, dtype=dtype))
 
 
+class Shaking(nn.Module):
+    """Gives a little more each time, as kernels do that are not deterministic."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Shaking.calls += 1
+        return x * (1 + 1e-6 * (Shaking.calls % 7))
+
+
+def test_kernels_that_are_not_deterministic_are_no_reason_to_refuse() -> None:
+    body = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU()  # whose count of batches changes in training
+    assert find_wiring(nn.Sequential(Shaking(), *body, nn.Linear(4, 2)), torch.randn(5, 3)).layers == {"1": range(4)}
+    assert Shaking.calls > 5
+    mixing = Through(lambda x: x + x.mean(1, keepdim=True))
+    with pytest.raises(ValueError, match=r"are mixed before they are read|told apart"):
+        find_wiring(nn.Sequential(Shaking(), *body, mixing, nn.Linear(4, 2)), torch.randn(5, 3))
+
+
 def test_units_that_are_returned_beside_the_logits_are_refused_with_the_remedy() -> None:
     class Both(nn.Sequential):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
