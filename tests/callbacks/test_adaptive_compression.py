@@ -8,7 +8,6 @@ import gc
 import itertools
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -42,10 +41,8 @@ from lightning_continual import (
     restore,
 )
 from lightning_continual._host import retraining
-from lightning_continual.callbacks import adaptive_compression
 from lightning_continual.callbacks.adaptive_compression import AdaptiveCompressionCallback
 from lightning_continual.heads import TaskHead
-from lightning_continual.search import ShareSearch
 
 Make = Callable[..., L.Trainer]
 
@@ -1280,35 +1277,6 @@ def test_a_trial_takes_one_copy_of_the_weights_and_a_byte_each(trainer: Make) ->
     training, trials = BYTES[10:14], BYTES[14:18]  # of the second task; before it 4 steps and 3 retrainings of 2
     assert len(BYTES) == 20
     assert max(trials) - max(training) <= (1 + 1 / 4 + 0.05) * weights
-
-
-@pytest.mark.slow
-def test_a_search_takes_no_longer_than_its_trials(trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds: dict[str, float] = {}
-
-    def timed(owner: Any, name: str) -> None:
-        inner = getattr(owner, name)
-
-        def measured(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-
-        monkeypatch.setattr(owner, name, measured)
-
-    warm = ShareSearch([0.0], [0.9], before=1.0)  # the first question loads the optimiser
-    warm.tell(warm.ask(), 1.0)
-    warm.ask()
-    timed(adaptive_compression, "retrain")
-    timed(adaptive_compression, "monitored")
-    compression = searched(1.0, trials=8)
-    timed(compression, "_searched")
-    tasks = [Task(*(TensorDataset(torch.randn(6000, 4), torch.randint(6, (6000,))) for _ in range(2)))]
-    trainer(TaskStream(1), compression).fit(Plain(), datamodule=ContinualDataModule(tasks, batch_size=16))
-    retrained = seconds["retrain"] * 8 / 9  # one at the end is not the search's
-    assert seconds["_searched"] <= 1.1 * (retrained + seconds["monitored"])
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------
